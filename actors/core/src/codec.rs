@@ -1,0 +1,421 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Packets to bytes and back.
+
+use std::fmt;
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+use crate::json::{self, Members};
+use crate::msgpack;
+pub use crate::packet::{INTERNAL_ERROR_TEXT, NO_HANDLER_TEXT};
+use crate::packet::{IncomingPacket, OutgoingPacket, PatternText, ResponseBody, ResponsePacket};
+use crate::payload::{EncodeError, Format, Payload};
+
+/// Turns packets into bytes and back. The bytes are one message; framing is the transporter's business.
+///
+/// Encoding appends to `out`. After an error `out` may end in a part of a packet: cut it back.
+pub trait Codec: Send + Sync + fmt::Debug + 'static {
+    /// A short name for logs and options.
+    fn name(&self) -> &'static str;
+
+    /// The format of the payloads this codec produces and copies verbatim.
+    fn format(&self) -> Format;
+
+    /// Whether every packet is UTF-8 text.
+    fn is_text(&self) -> bool;
+
+    /// Reads a request or an event. Unknown members are ignored.
+    ///
+    /// A value with neither `pattern` nor `data` is foreign: it becomes an event whose data is the whole value
+    /// and which has no pattern. An `id` inside it is not looked at, as in NestJS.
+    ///
+    /// # Errors
+    ///
+    /// [`CodecError::Malformed`] if the frame is not one value.
+    fn decode_request(&self, frame: &Bytes) -> Result<IncomingPacket, CodecError>;
+
+    /// Writes a request or an event, members in the order `pattern`, `data`, `metadata`, `id`.
+    ///
+    /// # Errors
+    ///
+    /// [`CodecError::Encode`] if a payload of another format cannot be rewritten in this one.
+    fn encode_request(&self, packet: &OutgoingPacket<'_>, out: &mut BytesMut) -> Result<(), CodecError>;
+
+    /// Reads a reply, by the rules of NestJS 12, which also read what NestJS 11 servers send:
+    ///
+    /// 1. what is not an object, or is an empty one, is foreign: delivered whole as the only value;
+    /// 2. an object with a member other than `id`, `err`, `response`, `isDisposed`, `status` is foreign too, but
+    ///    keeps its `id`;
+    /// 3. else `err` decides if it is truthy, then `isDisposed` if it is truthy; else it is an item, null if
+    ///    `response` is missing.
+    ///
+    /// # Errors
+    ///
+    /// [`CodecError::Malformed`] if the frame is not one value.
+    fn decode_response(&self, frame: &Bytes) -> Result<ResponsePacket, CodecError>;
+
+    /// Writes a reply. `id` is a raw value in the codec's format and copied as it is.
+    ///
+    /// The order of members is NestJS's: `response`, `isDisposed`, `id` for values, `err`, `isDisposed`, `id` for
+    /// errors, and `id`, `status`, `err` if there is no handler. `status`, where given, stands before `id`; for
+    /// [`ResponseBody::NoHandler`] it replaces the usual `"error"`.
+    ///
+    /// An error NestJS would count as false (`null`, `""`, `0`, `false`) would be read as success; it is sent as
+    /// `{"status":"error","message":<value>}`, which is what `new RpcException(value)` becomes.
+    ///
+    /// # Errors
+    ///
+    /// [`CodecError::Encode`] if a payload of another format cannot be rewritten in this one.
+    fn encode_response(
+        &self,
+        id: Option<&[u8]>,
+        body: &ResponseBody,
+        status: Option<&str>,
+        out: &mut BytesMut,
+    ) -> Result<(), CodecError>;
+}
+
+/// Why a packet could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CodecError {
+    /// The frame is not one JSON text.
+    #[error("malformed packet: {0}")]
+    Json(#[source] json::SyntaxError),
+    /// The frame is not one MessagePack value.
+    #[error("malformed packet: {0}")]
+    MessagePack(#[source] msgpack::FormError),
+    /// A value could not be written.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+    /// Anything a codec from elsewhere reports.
+    #[error("malformed packet")]
+    Other(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl CodecError {
+    /// True if the frame could not be read, false if something could not be written.
+    pub fn is_malformed(&self) -> bool {
+        !matches!(self, CodecError::Encode(_))
+    }
+}
+
+const REQUEST: [&str; 4] = ["pattern", "data", "id", "metadata"];
+const RESPONSE: [&str; 5] = ["id", "err", "response", "isDisposed", "status"];
+
+// === Shared reading ===
+
+fn request(frame: &Bytes, format: Format, members: Members<4>) -> IncomingPacket {
+    let payload = |span| Payload::new(format, frame.slice(span));
+    let [pattern, data, id, metadata] = members.spans;
+    if pattern.is_none() && data.is_none() {
+        return IncomingPacket {
+            pattern: None,
+            data: Some(payload(members.value)),
+            id: None,
+            metadata: None,
+        };
+    }
+    IncomingPacket {
+        pattern: pattern.map(|span| frame.slice(span)),
+        data: data.map(payload),
+        id: id.map(|span| frame.slice(span)),
+        metadata: metadata.map(payload),
+    }
+}
+
+fn response(frame: &Bytes, format: Format, members: Members<5>, rules: &ValueRules) -> ResponsePacket {
+    let payload = |span| Payload::new(format, frame.slice(span));
+    if !members.is_object || members.has_others || members.is_empty_object() {
+        let [id, ..] = members.spans;
+        return ResponsePacket {
+            id: id.map(|span| frame.slice(span)),
+            status: None,
+            body: ResponseBody::Last(Some(payload(members.value))),
+            foreign: true,
+        };
+    }
+    let [id, err, value, disposed, status] = members.spans;
+    let truthy = |span: &json::Span| (rules.truthy)(&frame[span.clone()]);
+    let body = match (err.filter(truthy), disposed.filter(truthy)) {
+        (Some(err), _) if (rules.is_no_handler)(&frame[err.clone()]) => ResponseBody::NoHandler,
+        (Some(err), _) => ResponseBody::Error(payload(err)),
+        (None, Some(_)) => ResponseBody::Last(value.map(payload)),
+        (None, None) => ResponseBody::Item(value.map_or_else(|| Payload::null(format), payload)),
+    };
+    ResponsePacket {
+        id: id.map(|span| frame.slice(span)),
+        status: status.map(|span| frame.slice(span)),
+        body,
+        foreign: false,
+    }
+}
+
+/// How one format tells what matters to replies.
+struct ValueRules {
+    truthy: fn(&[u8]) -> bool,
+    is_no_handler: fn(&[u8]) -> bool,
+}
+
+// === JSON ===
+
+/// Packets as NestJS writes them: one JSON object per message.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct JsonCodec;
+
+const JSON_RULES: ValueRules = ValueRules {
+    truthy: json::is_truthy,
+    is_no_handler: |raw| {
+        raw.strip_prefix(b"\"").and_then(|raw| raw.strip_suffix(b"\"")) == Some(NO_HANDLER_TEXT.as_bytes())
+    },
+};
+
+/// Copies a payload, rewriting it if it is in another format.
+fn put_json(out: &mut BytesMut, payload: &Payload) -> Result<(), CodecError> {
+    match payload.format() {
+        Format::Json => out.put_slice(payload.bytes()),
+        _ => out.put_slice(payload.transcode(Format::Json)?.bytes()),
+    }
+    Ok(())
+}
+
+impl Codec for JsonCodec {
+    fn name(&self) -> &'static str {
+        "json"
+    }
+
+    fn format(&self) -> Format {
+        Format::Json
+    }
+
+    fn is_text(&self) -> bool {
+        true
+    }
+
+    fn decode_request(&self, frame: &Bytes) -> Result<IncomingPacket, CodecError> {
+        Ok(request(frame, Format::Json, json::members(frame, &REQUEST).map_err(CodecError::Json)?))
+    }
+
+    fn encode_request(&self, packet: &OutgoingPacket<'_>, out: &mut BytesMut) -> Result<(), CodecError> {
+        out.reserve(64 + packet.data.map_or(0, |data| data.bytes().len()));
+        out.put_slice(b"{\"pattern\":");
+        match packet.pattern {
+            PatternText::Given(pattern) => out.put_slice(pattern.text().as_bytes()),
+            PatternText::Route(route) => json::write_string(out, route.as_ref()),
+        }
+        if let Some(data) = packet.data {
+            out.put_slice(b",\"data\":");
+            put_json(out, data)?;
+        }
+        if let Some(metadata) = packet.metadata {
+            out.put_slice(b",\"metadata\":");
+            json::write(out, metadata).map_err(|source| EncodeError::new(Format::Json, source))?;
+        }
+        if let Some(id) = packet.id {
+            out.put_slice(b",\"id\":");
+            json::write_string(out, id);
+        }
+        out.put_u8(b'}');
+        Ok(())
+    }
+
+    fn decode_response(&self, frame: &Bytes) -> Result<ResponsePacket, CodecError> {
+        let members = json::members(frame, &RESPONSE).map_err(CodecError::Json)?;
+        Ok(response(frame, Format::Json, members, &JSON_RULES))
+    }
+
+    fn encode_response(
+        &self,
+        id: Option<&[u8]>,
+        body: &ResponseBody,
+        status: Option<&str>,
+        out: &mut BytesMut,
+    ) -> Result<(), CodecError> {
+        match body {
+            ResponseBody::NoHandler => {
+                out.put_u8(b'{');
+                if let Some(id) = id {
+                    out.put_slice(b"\"id\":");
+                    out.put_slice(id);
+                    out.put_u8(b',');
+                }
+                out.put_slice(b"\"status\":");
+                json::write_string(out, status.unwrap_or("error"));
+                out.put_slice(b",\"err\":");
+                json::write_string(out, NO_HANDLER_TEXT);
+                out.put_u8(b'}');
+                return Ok(());
+            }
+            ResponseBody::Item(value) => {
+                out.put_slice(b"{\"response\":");
+                put_json(out, value)?;
+            }
+            ResponseBody::Last(Some(value)) => {
+                out.put_slice(b"{\"response\":");
+                put_json(out, value)?;
+                out.put_slice(b",\"isDisposed\":true");
+            }
+            ResponseBody::Last(None) => out.put_slice(b"{\"isDisposed\":true"),
+            ResponseBody::Error(error) => {
+                out.put_slice(b"{\"err\":");
+                let start = out.len();
+                put_json(out, error)?;
+                if !json::is_truthy(&out[start..]) {
+                    let value = out.split_off(start);
+                    out.put_slice(b"{\"status\":\"error\",\"message\":");
+                    out.put_slice(&value);
+                    out.put_u8(b'}');
+                }
+                out.put_slice(b",\"isDisposed\":true");
+            }
+        }
+        if let Some(status) = status {
+            out.put_slice(b",\"status\":");
+            json::write_string(out, status);
+        }
+        if let Some(id) = id {
+            out.put_slice(b",\"id\":");
+            out.put_slice(id);
+        }
+        out.put_u8(b'}');
+        Ok(())
+    }
+}
+
+// === MessagePack ===
+
+/// The same packets as MessagePack maps, for peers that agreed on it; NestJS does not speak it by itself.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MessagePackCodec;
+
+const MESSAGE_PACK_RULES: ValueRules = ValueRules {
+    truthy: msgpack::is_truthy,
+    is_no_handler: |raw| msgpack::as_str(raw) == Some(NO_HANDLER_TEXT),
+};
+
+fn put_msgpack(out: &mut BytesMut, payload: &Payload) -> Result<(), CodecError> {
+    match payload.format() {
+        Format::MessagePack => out.put_slice(payload.bytes()),
+        _ => out.put_slice(payload.transcode(Format::MessagePack)?.bytes()),
+    }
+    Ok(())
+}
+
+impl Codec for MessagePackCodec {
+    fn name(&self) -> &'static str {
+        "messagepack"
+    }
+
+    fn format(&self) -> Format {
+        Format::MessagePack
+    }
+
+    fn is_text(&self) -> bool {
+        false
+    }
+
+    fn decode_request(&self, frame: &Bytes) -> Result<IncomingPacket, CodecError> {
+        let members = msgpack::members(frame, &REQUEST).map_err(CodecError::MessagePack)?;
+        Ok(request(frame, Format::MessagePack, members))
+    }
+
+    fn encode_request(&self, packet: &OutgoingPacket<'_>, out: &mut BytesMut) -> Result<(), CodecError> {
+        let members = 1
+            + u8::from(packet.data.is_some())
+            + u8::from(packet.metadata.is_some())
+            + u8::from(packet.id.is_some());
+        msgpack::write_map_head(out, members);
+        msgpack::write_string(out, "pattern");
+        match packet.pattern {
+            PatternText::Route(route) => msgpack::write_string(out, route.as_ref()),
+            PatternText::Given(pattern) => match pattern.as_str() {
+                Some(text) => msgpack::write_string(out, text),
+                None => {
+                    let text = msgpack::from_json(pattern.text().as_bytes())
+                        .map_err(|source| EncodeError::new(Format::MessagePack, source))?;
+                    out.put_slice(&text);
+                }
+            },
+        }
+        if let Some(data) = packet.data {
+            msgpack::write_string(out, "data");
+            put_msgpack(out, data)?;
+        }
+        if let Some(metadata) = packet.metadata {
+            msgpack::write_string(out, "metadata");
+            out.put_slice(Payload::encode(Format::MessagePack, metadata)?.bytes());
+        }
+        if let Some(id) = packet.id {
+            msgpack::write_string(out, "id");
+            msgpack::write_string(out, id);
+        }
+        Ok(())
+    }
+
+    fn decode_response(&self, frame: &Bytes) -> Result<ResponsePacket, CodecError> {
+        let members = msgpack::members(frame, &RESPONSE).map_err(CodecError::MessagePack)?;
+        Ok(response(frame, Format::MessagePack, members, &MESSAGE_PACK_RULES))
+    }
+
+    fn encode_response(
+        &self,
+        id: Option<&[u8]>,
+        body: &ResponseBody,
+        status: Option<&str>,
+        out: &mut BytesMut,
+    ) -> Result<(), CodecError> {
+        let has_id = u8::from(id.is_some());
+        let has_status = u8::from(status.is_some());
+        let put_id = |out: &mut BytesMut| {
+            if let Some(id) = id {
+                msgpack::write_string(out, "id");
+                out.put_slice(id);
+            }
+        };
+        let own = match body {
+            ResponseBody::NoHandler => {
+                msgpack::write_map_head(out, 2 + has_id);
+                put_id(out);
+                msgpack::write_string(out, "status");
+                msgpack::write_string(out, status.unwrap_or("error"));
+                msgpack::write_string(out, "err");
+                msgpack::write_string(out, NO_HANDLER_TEXT);
+                return Ok(());
+            }
+            ResponseBody::Item(_) | ResponseBody::Last(None) => 1,
+            ResponseBody::Last(Some(_)) | ResponseBody::Error(_) => 2,
+        };
+        msgpack::write_map_head(out, own + has_id + has_status);
+        match body {
+            ResponseBody::Item(value) | ResponseBody::Last(Some(value)) => {
+                msgpack::write_string(out, "response");
+                put_msgpack(out, value)?;
+            }
+            ResponseBody::Error(error) => {
+                msgpack::write_string(out, "err");
+                let start = out.len();
+                put_msgpack(out, error)?;
+                if !msgpack::is_truthy(&out[start..]) {
+                    let value = out.split_off(start);
+                    msgpack::write_map_head(out, 2);
+                    msgpack::write_string(out, "status");
+                    msgpack::write_string(out, "error");
+                    msgpack::write_string(out, "message");
+                    out.put_slice(&value);
+                }
+            }
+            ResponseBody::Last(None) | ResponseBody::NoHandler => {}
+        }
+        if body.is_final() {
+            msgpack::write_string(out, "isDisposed");
+            msgpack::write_bool(out, true);
+        }
+        if let Some(status) = status {
+            msgpack::write_string(out, "status");
+            msgpack::write_string(out, status);
+        }
+        put_id(out);
+        Ok(())
+    }
+}

@@ -1,0 +1,744 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! JSON as JavaScript writes it, and a scanner that finds the members of an envelope without parsing them.
+//!
+//! Two halves, both pure:
+//!
+//! - writing: [`to_vec`], [`write_string`] and [`JsFormatter`] give the bytes `JSON.stringify` would give
+//!   (`3` rather than `3.0`, `1.5e+300`, `null` for what is not finite);
+//! - reading: [`Scanner`] walks a text once, checks all of its syntax and hands out byte spans. It neither
+//!   allocates (up to 128 levels of nesting) nor recurses (at any level): one bit of memory is kept per
+//!   level, so the only bound on nesting is the size of the frame.
+//!
+//! The accepted grammar is RFC 8259, as `JSON.parse` has it. Lone surrogate escapes (`"\ud83d"`) and numbers
+//! no float can hold (`1e400`) are syntax, so they pass here; what becomes of them is decided where a value is
+//! made of them (see [`Payload::decode`](crate::payload::Payload::decode)).
+
+use std::io;
+use std::ops::Range;
+
+use bytes::{BufMut, BytesMut};
+use serde::Serialize;
+use serde_json::ser::{CompactFormatter, Formatter};
+
+// === Writing ===
+
+/// Formats like `JSON.stringify`: compact, with JavaScript's spelling of numbers.
+///
+/// An `f64` prints the shortest digits that read back as the same value, in JavaScript's notation; `-0` prints
+/// `0`. An `f32` prints the shortest digits that read back as the same `f32` (`0.1`, not
+/// `0.10000000149011612`): JavaScript has no such type to imitate, and a reader gets the number the author
+/// meant. NaN and the infinities print `null`. Integers print in full, also above 2^53, where a JavaScript
+/// reader rounds them.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct JsFormatter;
+
+impl Formatter for JsFormatter {
+    fn write_f64<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: f64) -> io::Result<()> {
+        writer.write_all(ryu_js::Buffer::new().format_finite(value).as_bytes())
+    }
+
+    fn write_f32<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: f32) -> io::Result<()> {
+        writer.write_all(ryu_js::Buffer::new().format_finite(value).as_bytes())
+    }
+}
+
+/// Serializes `value` to a new vector, spelled as JavaScript would.
+///
+/// # Errors
+///
+/// What `value`'s own `Serialize` reports, and map keys JSON cannot express.
+pub fn to_vec<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, serde_json::Error> {
+    let mut out = Vec::with_capacity(128);
+    value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, JsFormatter))?;
+    Ok(out)
+}
+
+/// Appends `value` to `out`, spelled as JavaScript would.
+///
+/// # Errors
+///
+/// As [`to_vec`]; `out` then ends in a part of the text.
+pub fn write<T: Serialize + ?Sized>(out: &mut BytesMut, value: &T) -> Result<(), serde_json::Error> {
+    value.serialize(&mut serde_json::Serializer::with_formatter(out.writer(), JsFormatter))
+}
+
+/// Appends `text` as a JSON string with the escapes of `JSON.stringify`.
+pub fn write_string(out: &mut BytesMut, text: &str) {
+    let bytes = text.as_bytes();
+    out.reserve(bytes.len() + 2);
+    out.put_u8(b'"');
+    let mut copied = 0;
+    let mut at = 0;
+    loop {
+        at = plain_end(bytes, at);
+        let Some(&byte) = bytes.get(at) else { break };
+        out.put_slice(&bytes[copied..at]);
+        // The compact formatter has no state, and writing to a buffer in memory cannot fail.
+        let _ = CompactFormatter.write_char_escape(&mut out.writer(), escape_of(byte));
+        at += 1;
+        copied = at;
+    }
+    out.put_slice(&bytes[copied..]);
+    out.put_u8(b'"');
+}
+
+fn escape_of(byte: u8) -> serde_json::ser::CharEscape {
+    use serde_json::ser::CharEscape;
+    match byte {
+        b'"' => CharEscape::Quote,
+        b'\\' => CharEscape::ReverseSolidus,
+        0x08 => CharEscape::Backspace,
+        0x0c => CharEscape::FormFeed,
+        b'\n' => CharEscape::LineFeed,
+        b'\r' => CharEscape::CarriageReturn,
+        b'\t' => CharEscape::Tab,
+        other => CharEscape::AsciiControl(other),
+    }
+}
+
+// === Errors ===
+
+/// Why a text is not JSON, and at which byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{kind} at byte {offset}")]
+pub struct SyntaxError {
+    /// What was wrong.
+    pub kind: SyntaxErrorKind,
+    /// The byte where it was noticed.
+    pub offset: usize,
+}
+
+/// What is wrong with a text that is not JSON.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SyntaxErrorKind {
+    /// The text stops inside a value.
+    #[error("unexpected end of json")]
+    End,
+    /// A byte that cannot stand here.
+    #[error("unexpected byte in json")]
+    Byte,
+    /// A backslash followed by what is no escape.
+    #[error("invalid escape in json string")]
+    Escape,
+    /// An unescaped control character in a string.
+    #[error("control character in json string")]
+    Control,
+    /// A number with a part missing, or a leading zero.
+    #[error("invalid json number")]
+    Number,
+    /// Something follows the value.
+    #[error("trailing bytes after json value")]
+    Trailing,
+    /// The bytes are not UTF-8.
+    #[error("invalid utf-8 in json")]
+    Utf8,
+}
+
+// === Scanning ===
+
+/// The place of a value inside a frame.
+pub type Span = Range<usize>;
+
+/// Spans of wanted top-level members of one JSON text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Members<const N: usize> {
+    /// Whether the text is an object at all; if not, `spans` are all empty.
+    pub is_object: bool,
+    /// Whether the object has a member that was not asked for.
+    pub has_others: bool,
+    /// One entry per wanted name, in the order of the names. The last of duplicate members wins.
+    pub spans: [Option<Span>; N],
+    /// The whole value, without the white space around it.
+    pub value: Span,
+}
+
+impl<const N: usize> Members<N> {
+    /// True for an object without any member.
+    pub fn is_empty_object(&self) -> bool {
+        self.is_object && !self.has_others && self.spans.iter().all(Option::is_none)
+    }
+}
+
+/// Scans one JSON text: checks that it is UTF-8 and one whole JSON value, and finds the members of a top-level
+/// object whose names are in `names`.
+///
+/// Names are compared after unescaping, so `"\u0069d"` is `id`.
+///
+/// # Errors
+///
+/// [`SyntaxError`] if the text is anything but one JSON value surrounded by white space.
+pub fn members<const N: usize>(text: &[u8], names: &[&str; N]) -> Result<Members<N>, SyntaxError> {
+    if let Err(error) = std::str::from_utf8(text) {
+        return Err(SyntaxError { kind: SyntaxErrorKind::Utf8, offset: error.valid_up_to() });
+    }
+    let scanner = Scanner { text };
+    let mut found = Members { is_object: false, has_others: false, spans: [const { None }; N], value: 0..0 };
+    let start = scanner.space(0);
+    let end;
+    if scanner.at(start) == b'{' {
+        found.is_object = true;
+        end = scanner.object(start, |key, span| match names.iter().position(|name| key.is(name)) {
+            Some(index) => found.spans[index] = Some(span),
+            None => found.has_others = true,
+        })?;
+    } else {
+        end = scanner.value(start)?;
+    }
+    found.value = start..end;
+    scanner.finish(end)?;
+    Ok(found)
+}
+
+/// Finds one member of a top-level object; `None` if there is none or the value is no object.
+///
+/// # Errors
+///
+/// As [`members`].
+pub fn member(text: &[u8], name: &str) -> Result<Option<Span>, SyntaxError> {
+    let [span] = members(text, &[name])?.spans;
+    Ok(span)
+}
+
+/// Checks that `text` is exactly one JSON value in UTF-8.
+///
+/// # Errors
+///
+/// As [`members`].
+pub fn validate(text: &[u8]) -> Result<(), SyntaxError> {
+    members(text, &[]).map(|_| ())
+}
+
+/// A key of an object, as it stands in the text (without its quotes).
+#[derive(Debug, Clone, Copy)]
+pub struct Key<'a> {
+    raw: &'a [u8],
+    escaped: bool,
+}
+
+impl Key<'_> {
+    /// The key, unescaped.
+    pub fn to_text(&self) -> String {
+        unescape(self.raw)
+    }
+
+    /// Whether the key, unescaped, is `name`.
+    #[inline]
+    pub fn is(&self, name: &str) -> bool {
+        if self.escaped { unescape_is(self.raw, name) } else { self.raw == name.as_bytes() }
+    }
+}
+
+#[cold]
+fn unescape_is(raw: &[u8], name: &str) -> bool {
+    unescape(raw) == name
+}
+
+/// What leads from a value to one inside it.
+#[derive(Debug, Clone, Copy)]
+pub enum Step<'a> {
+    /// The key of a member.
+    Key(Key<'a>),
+    /// The index of an element.
+    Index(usize),
+}
+
+/// The text of a string whose quotes were removed and whose syntax was checked. A surrogate escape without its
+/// partner becomes U+FFFD.
+pub fn unescape(raw: &[u8]) -> String {
+    let mut out = Vec::with_capacity(raw.len());
+    let mut at = 0;
+    while let Some(&byte) = raw.get(at) {
+        if byte != b'\\' {
+            out.push(byte);
+            at += 1;
+            continue;
+        }
+        let escape = raw.get(at + 1).copied().unwrap_or(b'\\');
+        at += 2;
+        out.push(match escape {
+            b'b' => 0x08,
+            b'f' => 0x0c,
+            b'n' => b'\n',
+            b'r' => b'\r',
+            b't' => b'\t',
+            b'u' => {
+                let unit = hex4(raw, at);
+                at += 4;
+                let mut code = unit;
+                if (0xd800..0xdc00).contains(&unit) && raw.get(at..at + 2) == Some(b"\\u") {
+                    let low = hex4(raw, at + 2);
+                    if (0xdc00..0xe000).contains(&low) {
+                        code = 0x10000 + ((unit - 0xd800) << 10) + (low - 0xdc00);
+                        at += 6;
+                    }
+                }
+                let character = char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER);
+                out.extend_from_slice(character.encode_utf8(&mut [0; 4]).as_bytes());
+                continue;
+            }
+            other => other,
+        });
+    }
+    match String::from_utf8(out) {
+        Ok(text) => text,
+        Err(error) => String::from_utf8_lossy(error.as_bytes()).into_owned(),
+    }
+}
+
+fn hex4(raw: &[u8], at: usize) -> u32 {
+    let digits = raw.get(at..at + 4).unwrap_or_default();
+    digits.iter().fold(0, |value, &digit| value * 16 + char::from(digit).to_digit(16).unwrap_or(0))
+}
+
+/// Replaces surrogate escapes without a partner by `\ufffd`, in place of the six characters. `None` if there are
+/// none. The text must be valid JSON.
+pub(crate) fn mend_surrogates(text: &[u8]) -> Option<Vec<u8>> {
+    let mut mended: Option<Vec<u8>> = None;
+    let mut at = 0;
+    while let Some(found) = memchr::memchr(b'\\', text.get(at..)?) {
+        let escape = at + found;
+        at = escape + 2;
+        if text.get(escape + 1) != Some(&b'u') {
+            continue;
+        }
+        at = escape + 6;
+        let unit = hex4(text, escape + 2);
+        let lone = match unit {
+            0xd800..0xdc00 => {
+                let paired =
+                    text.get(at..at + 2) == Some(b"\\u") && (0xdc00..0xe000).contains(&hex4(text, at + 2));
+                if paired {
+                    at += 6;
+                }
+                !paired
+            }
+            0xdc00..0xe000 => true,
+            _ => false,
+        };
+        if lone {
+            mended.get_or_insert_with(|| text.to_vec())[escape + 2..escape + 6].copy_from_slice(b"fffd");
+        }
+    }
+    mended
+}
+
+/// Whether JavaScript counts the value as true: everything but `false`, `null`, `""` and zero. `raw` must be one
+/// valid JSON value without white space around it.
+pub fn is_truthy(raw: &[u8]) -> bool {
+    match raw {
+        b"false" | b"null" | b"\"\"" | b"0" | b"" => false,
+        [b'-' | b'0'..=b'9', ..] => {
+            // Also `-0`, `0.0`, `0e5`, and what underflows.
+            std::str::from_utf8(raw).ok().and_then(|text| text.parse::<f64>().ok()).is_none_or(|it| it != 0.0)
+        }
+        _ => true,
+    }
+}
+
+/// Walks one JSON text. Reading past the end gives NUL, which no rule of the grammar accepts outside of a string.
+#[derive(Debug, Clone, Copy)]
+pub struct Scanner<'a> {
+    text: &'a [u8],
+}
+
+impl<'a> Scanner<'a> {
+    /// Makes a scanner. The text must be UTF-8; this is not checked here.
+    pub fn new(text: &'a [u8]) -> Self {
+        Scanner { text }
+    }
+
+    #[inline(always)]
+    fn at(&self, at: usize) -> u8 {
+        match self.text.get(at) {
+            Some(&byte) => byte,
+            None => 0,
+        }
+    }
+
+    /// The first byte at or after `at` that is not white space.
+    #[inline(always)]
+    pub fn space(&self, mut at: usize) -> usize {
+        while matches!(self.at(at), b' ' | b'\n' | b'\r' | b'\t') {
+            at += 1;
+        }
+        at
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn error<T>(&self, kind: SyntaxErrorKind, at: usize) -> Result<T, SyntaxError> {
+        let kind = if at >= self.text.len() { SyntaxErrorKind::End } else { kind };
+        Err(SyntaxError { kind, offset: at.min(self.text.len()) })
+    }
+
+    /// Checks that only white space follows.
+    ///
+    /// # Errors
+    ///
+    /// [`SyntaxErrorKind::Trailing`] with the place of the first other byte.
+    #[inline]
+    pub fn finish(&self, at: usize) -> Result<(), SyntaxError> {
+        let at = self.space(at);
+        if at == self.text.len() { Ok(()) } else { self.error(SyntaxErrorKind::Trailing, at) }
+    }
+
+    /// Walks the object that starts at `at`, calls `each` with every key and the span of its value, and returns
+    /// the end of the object.
+    ///
+    /// # Errors
+    ///
+    /// [`SyntaxError`] at the first byte that is not JSON.
+    #[inline]
+    pub fn object(&self, at: usize, mut each: impl FnMut(Key<'a>, Span)) -> Result<usize, SyntaxError> {
+        if self.at(at) != b'{' {
+            return self.error(SyntaxErrorKind::Byte, at);
+        }
+        let mut at = self.space(at + 1);
+        if self.at(at) == b'}' {
+            return Ok(at + 1);
+        }
+        loop {
+            if self.at(at) != b'"' {
+                return self.error(SyntaxErrorKind::Byte, at);
+            }
+            let (end, escaped) = self.string(at + 1)?;
+            let key = Key { raw: &self.text[at + 1..end - 1], escaped };
+            at = self.colon(end)?;
+            let end = self.value(at)?;
+            each(key, at..end);
+            at = self.space(end);
+            match self.at(at) {
+                b',' => at = self.space(at + 1),
+                b'}' => return Ok(at + 1),
+                _ => return self.error(SyntaxErrorKind::Byte, at),
+            }
+        }
+    }
+
+    /// Walks the members of an object or the elements of an array for as long as `each` returns true. Any other
+    /// value has none.
+    ///
+    /// # Errors
+    ///
+    /// [`SyntaxError`] at the first byte walked over that is not JSON.
+    pub fn each(&self, at: usize, mut each: impl FnMut(Step<'a>, Span) -> bool) -> Result<(), SyntaxError> {
+        let close = match self.at(at) {
+            b'{' => b'}',
+            b'[' => b']',
+            _ => return Ok(()),
+        };
+        let mut at = self.space(at + 1);
+        if self.at(at) == close {
+            return Ok(());
+        }
+        for index in 0.. {
+            let mut step = Step::Index(index);
+            if close == b'}' {
+                if self.at(at) != b'"' {
+                    return self.error(SyntaxErrorKind::Byte, at);
+                }
+                let (end, escaped) = self.string(at + 1)?;
+                step = Step::Key(Key { raw: &self.text[at + 1..end - 1], escaped });
+                at = self.colon(end)?;
+            }
+            let end = self.value(at)?;
+            if !each(step, at..end) {
+                return Ok(());
+            }
+            at = self.space(end);
+            match self.at(at) {
+                b',' => at = self.space(at + 1),
+                byte if byte == close => break,
+                _ => return self.error(SyntaxErrorKind::Byte, at),
+            }
+        }
+        Ok(())
+    }
+
+    /// Steps over a colon and the white space around it.
+    #[inline(always)]
+    fn colon(&self, at: usize) -> Result<usize, SyntaxError> {
+        let at = self.space(at);
+        if self.at(at) != b':' {
+            return self.error(SyntaxErrorKind::Byte, at);
+        }
+        Ok(self.space(at + 1))
+    }
+
+    /// Steps over a key and its colon.
+    #[inline(always)]
+    fn key(&self, at: usize) -> Result<usize, SyntaxError> {
+        if self.at(at) != b'"' {
+            return self.error(SyntaxErrorKind::Byte, at);
+        }
+        let (end, _) = self.string(at + 1)?;
+        self.colon(end)
+    }
+
+    /// Steps over one value that starts at `at` and returns its end.
+    ///
+    /// # Errors
+    ///
+    /// [`SyntaxError`] at the first byte that is not JSON.
+    #[inline]
+    pub fn value(&self, at: usize) -> Result<usize, SyntaxError> {
+        match self.at(at) {
+            b'"' => Ok(self.string(at + 1)?.0),
+            b'{' | b'[' => self.nested(at),
+            _ => self.scalar(at),
+        }
+    }
+
+    /// A number or a literal.
+    #[inline(always)]
+    fn scalar(&self, at: usize) -> Result<usize, SyntaxError> {
+        match self.at(at) {
+            b'-' | b'0'..=b'9' => self.number(at),
+            b't' => self.literal(at, b"true"),
+            b'f' => self.literal(at, b"false"),
+            b'n' => self.literal(at, b"null"),
+            _ => self.error(SyntaxErrorKind::Byte, at),
+        }
+    }
+
+    #[inline(always)]
+    fn literal(&self, at: usize, word: &[u8]) -> Result<usize, SyntaxError> {
+        let end = at + word.len();
+        if self.text.get(at..end) == Some(word) {
+            return Ok(end);
+        }
+        let wrong = word.iter().enumerate().find(|&(index, &byte)| self.at(at + index) != byte);
+        self.error(SyntaxErrorKind::Byte, at + wrong.map_or(0, |(index, _)| index))
+    }
+
+    /// Steps over an array or an object without recursion.
+    fn nested(&self, start: usize) -> Result<usize, SyntaxError> {
+        let mut open = Nesting::default();
+        let mut at = start;
+        loop {
+            // A value starts here.
+            match self.at(at) {
+                b'"' => at = self.string(at + 1)?.0,
+                b'{' => {
+                    at = self.space(at + 1);
+                    if self.at(at) == b'}' {
+                        at += 1;
+                    } else {
+                        at = self.key(at)?;
+                        open.push(true);
+                        continue;
+                    }
+                }
+                b'[' => {
+                    at = self.space(at + 1);
+                    if self.at(at) == b']' {
+                        at += 1;
+                    } else {
+                        open.push(false);
+                        continue;
+                    }
+                }
+                _ => at = self.scalar(at)?,
+            }
+            // A value ended here; so may what holds it.
+            loop {
+                if open.depth == 0 {
+                    return Ok(at);
+                }
+                at = self.space(at);
+                match (self.at(at), open.in_object()) {
+                    (b',', true) => {
+                        at = self.space(at + 1);
+                        at = self.key(at)?;
+                        break;
+                    }
+                    (b',', false) => {
+                        at = self.space(at + 1);
+                        break;
+                    }
+                    (b'}', true) | (b']', false) => {
+                        at += 1;
+                        open.depth -= 1;
+                    }
+                    _ => return self.error(SyntaxErrorKind::Byte, at),
+                }
+            }
+        }
+    }
+
+    /// Steps over a string whose opening quote is just before `at`; also says whether it has escapes.
+    #[inline(always)]
+    fn string(&self, at: usize) -> Result<(usize, bool), SyntaxError> {
+        let at = plain_end(self.text, at);
+        if self.at(at) == b'"' {
+            return Ok((at + 1, false));
+        }
+        self.string_slow(at)
+    }
+
+    #[inline(never)]
+    fn string_slow(&self, mut at: usize) -> Result<(usize, bool), SyntaxError> {
+        loop {
+            at = plain_end(self.text, at);
+            match self.at(at) {
+                b'"' => return Ok((at + 1, true)),
+                b'\\' => match self.at(at + 1) {
+                    b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't' => at += 2,
+                    b'u' => {
+                        for digit in at + 2..at + 6 {
+                            if !self.at(digit).is_ascii_hexdigit() {
+                                return self.error(SyntaxErrorKind::Escape, digit);
+                            }
+                        }
+                        at += 6;
+                    }
+                    _ => return self.error(SyntaxErrorKind::Escape, at + 1),
+                },
+                _ => return self.error(SyntaxErrorKind::Control, at),
+            }
+        }
+    }
+
+    #[inline]
+    fn digits(&self, mut at: usize) -> usize {
+        while self.at(at).is_ascii_digit() {
+            at += 1;
+        }
+        at
+    }
+
+    #[inline]
+    fn number(&self, mut at: usize) -> Result<usize, SyntaxError> {
+        if self.at(at) == b'-' {
+            at += 1;
+        }
+        match self.at(at) {
+            b'0' => {
+                at += 1;
+                if self.at(at).is_ascii_digit() {
+                    return self.error(SyntaxErrorKind::Number, at);
+                }
+            }
+            b'1'..=b'9' => at = self.digits(at + 1),
+            _ => return self.error(SyntaxErrorKind::Number, at),
+        }
+        if self.at(at) == b'.' {
+            if !self.at(at + 1).is_ascii_digit() {
+                return self.error(SyntaxErrorKind::Number, at + 1);
+            }
+            at = self.digits(at + 2);
+        }
+        if matches!(self.at(at), b'e' | b'E') {
+            at += 1;
+            if matches!(self.at(at), b'+' | b'-') {
+                at += 1;
+            }
+            if !self.at(at).is_ascii_digit() {
+                return self.error(SyntaxErrorKind::Number, at);
+            }
+            at = self.digits(at + 1);
+        }
+        Ok(at)
+    }
+}
+
+/// The first byte at or after `at` that ends a plain run inside a string: a quote, a backslash, a control
+/// character, or the end of the text. Eight bytes at a time.
+#[inline(always)]
+fn plain_end(text: &[u8], mut at: usize) -> usize {
+    const ONES: u64 = u64::MAX / 0xff;
+    const HIGH: u64 = ONES << 7;
+    while let Some(chunk) = text.get(at..).and_then(|rest| rest.first_chunk::<8>()) {
+        let word = u64::from_le_bytes(*chunk);
+        let quote = word ^ (ONES * b'"' as u64);
+        let slash = word ^ (ONES * b'\\' as u64);
+        // Borrows may flag bytes above a true hit, never below one, so the lowest flag is exact.
+        let stop = ((quote.wrapping_sub(ONES) & !quote)
+            | (slash.wrapping_sub(ONES) & !slash)
+            | (word.wrapping_sub(ONES * 0x20) & !word))
+            & HIGH;
+        if stop != 0 {
+            return at + (stop.trailing_zeros() / 8) as usize;
+        }
+        at += 8;
+    }
+    while let Some(&byte) = text.get(at) {
+        if byte < 0x20 || byte == b'"' || byte == b'\\' {
+            break;
+        }
+        at += 1;
+    }
+    at
+}
+
+/// One bit per open bracket: set for an object. 128 levels without allocation, an eighth of the frame at most.
+#[derive(Default)]
+struct Nesting {
+    depth: usize,
+    near: [u64; 2],
+    far: Vec<u64>,
+}
+
+impl Nesting {
+    #[inline]
+    fn push(&mut self, object: bool) {
+        let (word, bit) = (self.depth / 64, 1 << (self.depth % 64));
+        if word >= 2 && self.far.len() <= word - 2 {
+            self.far.push(0);
+        }
+        let slot = if word < 2 { &mut self.near[word] } else { &mut self.far[word - 2] };
+        if object {
+            *slot |= bit;
+        } else {
+            *slot &= !bit;
+        }
+        self.depth += 1;
+    }
+
+    /// Whether the innermost open bracket is an object's. There must be one.
+    #[inline]
+    fn in_object(&self) -> bool {
+        let (word, bit) = ((self.depth - 1) / 64, 1 << ((self.depth - 1) % 64));
+        let slot = if word < 2 { self.near[word] } else { self.far[word - 2] };
+        slot & bit != 0
+    }
+}
+
+// === Places of errors ===
+
+/// The byte offset of a line and a column as `serde_json` counts them (both from 1, the column in bytes).
+pub(crate) fn offset_of(text: &[u8], line: usize, column: usize) -> Option<usize> {
+    let start = match line.checked_sub(1)? {
+        0 => 0,
+        before => memchr::memchr_iter(b'\n', text).nth(before - 1)? + 1,
+    };
+    Some((start + column.saturating_sub(1)).min(text.len()))
+}
+
+/// The path to the innermost value that covers the byte at `offset`, at most 16 steps of it; `None` for the whole.
+pub(crate) fn path_at(text: &[u8], offset: usize) -> Option<String> {
+    use std::fmt::Write as _;
+    let scanner = Scanner { text };
+    let mut path = String::new();
+    let mut at = scanner.space(0);
+    for _ in 0..16 {
+        let mut found = None;
+        // Broken syntax behind the place we look for does not matter.
+        let _ = scanner.each(at, |step, span| {
+            if span.contains(&offset) {
+                found = Some((step, span.start));
+            }
+            span.end <= offset
+        });
+        let Some((step, start)) = found else { break };
+        let _ = match step {
+            Step::Key(key) if path.is_empty() => write!(path, "{}", key.to_text()),
+            Step::Key(key) => write!(path, ".{}", key.to_text()),
+            Step::Index(index) => write!(path, "[{index}]"),
+        };
+        at = start;
+    }
+    (!path.is_empty()).then_some(path)
+}

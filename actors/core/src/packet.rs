@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The packets that cross the wire, taken apart no further than routing needs.
+
+use std::fmt;
+
+use bytes::Bytes;
+use serde::de::{MapAccess, Visitor};
+use serde::ser::SerializeMap;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::pattern::{Pattern, Route};
+use crate::payload::Payload;
+
+/// The error text NestJS sends when no handler matches, verbatim.
+pub const NO_HANDLER_TEXT: &str = "There is no matching message handler defined in the remote service.";
+
+/// The error text NestJS sends for an exception that is not meant for the caller, verbatim.
+pub const INTERNAL_ERROR_TEXT: &str = "Internal server error";
+
+/// A request or an event as it arrived. It is an event exactly if there is no `id`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IncomingPacket {
+    /// The raw value of `pattern`, in the format of the codec. `None` if the key is missing, and for foreign
+    /// values.
+    pub pattern: Option<Bytes>,
+    /// The value of `data`, or all of a foreign value.
+    pub data: Option<Payload>,
+    /// The raw value of `id`, to be echoed as it is.
+    pub id: Option<Bytes>,
+    /// The value of `metadata`, see [`Metadata`].
+    pub metadata: Option<Payload>,
+}
+
+impl IncomingPacket {
+    /// True if nobody waits for an answer.
+    pub fn is_event(&self) -> bool {
+        self.id.is_none()
+    }
+}
+
+/// What goes into the `pattern` member of an outgoing packet.
+#[derive(Debug, Clone, Copy)]
+pub enum PatternText<'a> {
+    /// The pattern as its author gave it.
+    Given(&'a Pattern),
+    /// The route as a string, as NestJS sends events over TCP.
+    Route(&'a Route),
+}
+
+/// A request or an event to be sent. It is an event exactly if there is no `id`.
+#[derive(Debug, Clone, Copy)]
+pub struct OutgoingPacket<'a> {
+    /// The `pattern` member.
+    pub pattern: PatternText<'a>,
+    /// The `data` member; the key is left out if `None`.
+    pub data: Option<&'a Payload>,
+    /// The `id` member; the key is left out if `None`.
+    pub id: Option<&'a str>,
+    /// The `metadata` member; the key is left out if `None`.
+    pub metadata: Option<&'a Metadata>,
+}
+
+/// What a reply says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ResponseBody {
+    /// A value; more may follow.
+    Item(Payload),
+    /// The end, with or without a last value.
+    Last(Option<Payload>),
+    /// The end, with an error.
+    Error(Payload),
+    /// The end: no handler matches.
+    NoHandler,
+}
+
+impl ResponseBody {
+    /// True if nothing may follow this packet.
+    pub fn is_final(&self) -> bool {
+        !matches!(self, ResponseBody::Item(_))
+    }
+}
+
+/// A reply as it arrived.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResponsePacket {
+    /// The raw value of `id`, in the format of the codec.
+    pub id: Option<Bytes>,
+    /// The raw value of `status`. NestJS never reads it.
+    pub status: Option<Bytes>,
+    /// What the reply says.
+    pub body: ResponseBody,
+    /// True if the value was no reply of NestJS's form and is delivered whole as the only value.
+    pub foreign: bool,
+}
+
+// === Metadata ===
+
+/// String members sent beside the data of a packet, in the order they were inserted.
+///
+/// NestJS 12 clients may send it and 12 servers read it; NestJS 11 ignores it. Values of other types than string
+/// are tolerated on receipt and kept as their JSON text.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Metadata {
+    entries: Vec<(Box<str>, Box<str>)>,
+}
+
+impl Metadata {
+    /// An empty map.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The value of a key.
+    pub fn get(&self, key: &str) -> Option<&str> {
+        self.entries.iter().find(|(known, _)| &**known == key).map(|(_, value)| &**value)
+    }
+
+    /// Sets a key and returns what it had before. A key already there keeps its place.
+    pub fn insert(&mut self, key: impl Into<Box<str>>, value: impl Into<Box<str>>) -> Option<Box<str>> {
+        let (key, value) = (key.into(), value.into());
+        match self.entries.iter_mut().find(|(known, _)| *known == key) {
+            Some((_, known)) => Some(std::mem::replace(known, value)),
+            None => {
+                self.entries.push((key, value));
+                None
+            }
+        }
+    }
+
+    /// Takes a key out and returns what it had.
+    pub fn remove(&mut self, key: &str) -> Option<Box<str>> {
+        let index = self.entries.iter().position(|(known, _)| &**known == key)?;
+        Some(self.entries.remove(index).1)
+    }
+
+    /// Keys and values, in order.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &str)> {
+        self.entries.iter().map(|(key, value)| (&**key, &**value))
+    }
+
+    /// The number of keys.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there are no keys.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// The bytes of all keys and values together, to hold against a bound.
+    pub fn size_bytes(&self) -> usize {
+        self.entries.iter().map(|(key, value)| key.len() + value.len()).sum()
+    }
+
+    /// Whether there are at most `max_entries` keys and their bytes and values' together at most `max_bytes`.
+    pub fn fits(&self, max_entries: usize, max_bytes: usize) -> bool {
+        self.len() <= max_entries && self.size_bytes() <= max_bytes
+    }
+}
+
+impl<K: Into<Box<str>>, V: Into<Box<str>>> FromIterator<(K, V)> for Metadata {
+    fn from_iter<I: IntoIterator<Item = (K, V)>>(entries: I) -> Self {
+        let mut metadata = Metadata::new();
+        metadata.extend(entries);
+        metadata
+    }
+}
+
+impl<K: Into<Box<str>>, V: Into<Box<str>>> Extend<(K, V)> for Metadata {
+    fn extend<I: IntoIterator<Item = (K, V)>>(&mut self, entries: I) {
+        for (key, value) in entries {
+            self.insert(key, value);
+        }
+    }
+}
+
+impl Serialize for Metadata {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.len()))?;
+        for (key, value) in self.iter() {
+            map.serialize_entry(key, value)?;
+        }
+        map.end()
+    }
+}
+
+impl<'de> Deserialize<'de> for Metadata {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Metadata;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a map of metadata")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Metadata, A::Error> {
+                let mut metadata = Metadata::new();
+                while let Some((key, value)) = members.next_entry::<String, serde_json::Value>()? {
+                    let value = match value {
+                        serde_json::Value::String(text) => text,
+                        other => other.to_string(),
+                    };
+                    metadata.insert(key, value);
+                }
+                Ok(metadata)
+            }
+        }
+
+        deserializer.deserialize_map(Entries)
+    }
+}
