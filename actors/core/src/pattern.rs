@@ -375,7 +375,7 @@ fn write_value(text: &str, depth: usize, non_finite: NonFinite, out: &mut String
         Some(b'{' | b'[') => match members_of(text) {
             None => out.push_str(TOO_MANY),
             Some(mut members) => {
-                members.sort_by(|(a, _), (b, _)| collate::compare(a, b));
+                collate::sort(&mut members);
                 out.push('{');
                 for (index, (key, value)) in members.iter().enumerate() {
                     if index > 0 {
@@ -430,9 +430,12 @@ fn members_of(text: &str) -> Option<Vec<(String, &str)>> {
 }
 
 mod collate {
-    //! The order of `localeCompare` in ICU's root collation.
+    //! The order of `localeCompare`, that is of ICU's root collation.
 
     use std::cmp::Ordering;
+
+    use icu_collator::options::CollatorOptions;
+    use icu_collator::{CollatorBorrowed, CollatorPreferences};
 
     /// Printable ASCII in order; lower case stands for both cases.
     const ORDER: &[u8] = b" _-,;:!?.'\"()[]{}@*/\\&#%`^+<=>|~$0123456789abcdefghijklmnopqrstuvwxyz";
@@ -440,7 +443,7 @@ mod collate {
     /// Primary weights of ASCII; 0 is ignored.
     const PRIMARY: [u8; 128] = {
         let mut table = [0; 128];
-        // The white space among the control characters comes first.
+        // The white space among the control characters comes first, the others do not count.
         let mut control = 0x09;
         while control <= 0x0d {
             table[control] = (control - 8) as u8;
@@ -455,15 +458,47 @@ mod collate {
         table
     };
 
-    fn primary(character: char) -> u32 {
-        PRIMARY.get(character as usize).map_or(character as u32, |&weight| u32::from(weight))
+    /// Sorts keys; equal ones, which differ in control characters only, keep their order.
+    pub(super) fn sort<T>(members: &mut [(String, T)]) {
+        if members.iter().all(|(key, _)| key.is_ascii()) {
+            members.sort_by(|(a, _), (b, _)| compare_ascii(a, b));
+        } else {
+            let root = root();
+            members.sort_by(|(a, _), (b, _)| root.compare(a, b));
+        }
     }
 
-    /// Compares ignoring case, then lower case before upper at the first difference.
-    pub(super) fn compare(a: &str, b: &str) -> Ordering {
-        let weights = |text: &'_ str| text.chars().filter(|&it| primary(it) != 0).collect::<Vec<_>>();
-        let (a, b) = (weights(a), weights(b));
-        let base = a.iter().map(|&it| primary(it)).cmp(b.iter().map(|&it| primary(it)));
-        base.then_with(|| a.iter().map(|it| it.is_uppercase()).cmp(b.iter().map(|it| it.is_uppercase())))
+    fn root() -> CollatorBorrowed<'static> {
+        CollatorBorrowed::try_new(CollatorPreferences::default(), CollatorOptions::default())
+            .expect("the data of the root collation is compiled in")
+    }
+
+    /// Compares ignoring case, then lower case before upper at the first difference. Agrees with the collator
+    ///.
+    fn compare_ascii(a: &str, b: &str) -> Ordering {
+        let primary = |byte: u8| PRIMARY.get(usize::from(byte)).copied().unwrap_or(0);
+        let weights = |byte: u8| (primary(byte) != 0).then(|| (primary(byte), byte.is_ascii_uppercase()));
+        let a = || a.bytes().filter_map(weights);
+        let b = || b.bytes().filter_map(weights);
+        a().map(|it| it.0).cmp(b().map(|it| it.0)).then_with(|| a().map(|it| it.1).cmp(b().map(|it| it.1)))
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use proptest::prelude::*;
+
+        use super::*;
+
+        proptest! {
+            #[test]
+            fn the_ascii_order_is_the_collators(a in "[\\x00-\\x7f]{0,6}", b in "[\\x00-\\x7f]{0,6}") {
+                prop_assert_eq!(compare_ascii(&a, &b), root().compare(&a, &b));
+            }
+
+            #[test]
+            fn similar_words_too(a in "[aAbB_1-]{0,4}", b in "[aAbB_1-]{0,4}") {
+                prop_assert_eq!(compare_ascii(&a, &b), root().compare(&a, &b));
+            }
+        }
     }
 }
