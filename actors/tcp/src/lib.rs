@@ -1,1 +1,3 @@
 //! martlet-tcp
+
+pub mod wire;
