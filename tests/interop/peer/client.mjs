@@ -3,6 +3,7 @@
 // The client peer: a NestJS ClientProxy that does what it is told.
 
 import { AsyncLocalStorage } from 'node:async_hooks';
+import { once } from 'node:events';
 import { visible } from './control.mjs';
 import { transportOptions } from './main.mjs';
 
@@ -125,7 +126,11 @@ export async function runClient(nest, flags, control) {
       connect,
       close,
       reconnect: async () => {
+        // NestJS 10 and 11 let the late close event of the old socket tear down the new connection: wait for it.
+        const socket = client.socket?.netSocket;
+        const gone = socket && !socket.destroyed ? once(socket, 'close') : undefined;
         await close();
+        await gone;
         return connect();
       },
       stats: () => ({ ...control.disturbances, pending: client.routingMap.size, rssBytes: process.memoryUsage.rss() }),
