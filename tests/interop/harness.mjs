@@ -12,6 +12,7 @@ import { fileURLToPath } from 'node:url';
 const START_MS = 20_000;
 const running = new Set();
 process.on('exit', () => running.forEach((child) => child.kill('SIGKILL')));
+for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) process.on(signal, () => process.exit(1));
 
 /** One peer process: `call` sends a command and gives its result, `reports` holds every unsolicited line. */
 export class Peer {

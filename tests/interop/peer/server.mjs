@@ -39,6 +39,8 @@ export async function runServer(nest, flags, control) {
   control.followStatus(app);
   await app.listen();
   if (flags.transport === 'tcp') port = server.server.address().port;
+  // NestJS does not wait until the broker has read the subscriptions; ready means that it has.
+  else await server.natsClient.flush();
 
   const close = async () => {
     await selfClient?.close();
