@@ -55,4 +55,6 @@ const config =
 const app = await nest.core.NestFactory.createMicroservice(SumModule, { ...config, logger: false, abortOnError: false });
 await app.listen();
 const port = transport === 'tcp' ? app.unwrap().address().port : null;
+// Ready means that the broker has the subscription.
+if (transport === 'nats') await app.unwrap().flush();
 console.log(JSON.stringify({ ready: true, transport, port, pid: process.pid, nest: nest.version }));
