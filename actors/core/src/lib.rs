@@ -1,8 +1,57 @@
-//! martlet-core
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The core of Martlet: the contract of transporters, the runtime around them, and the handlers, clients
+//! and supervision that applications see.
 
+pub mod arbiters;
+pub mod backoff;
+pub mod client;
 pub mod codec;
+mod correlation;
+pub mod error;
+pub mod events;
+pub mod handler;
+pub mod headers;
+pub mod interceptor;
 pub mod json;
+pub mod microservice;
 pub mod msgpack;
 pub mod packet;
 pub mod pattern;
 pub mod payload;
+pub mod registry;
+pub mod reply;
+pub mod request;
+mod responder;
+pub mod route;
+pub mod server;
+mod session;
+pub mod status;
+pub mod supervise;
+pub mod trace;
+pub mod transport;
+
+pub use client::{Call, ClientActor, ClientOptions, ClientProxy, EmitMessage, ReplyStream, SendMessage};
+pub use error::{CallError, RemoteError, RpcError, SessionError, SessionErrorKind, StartError, Unexpected};
+pub use events::{EventBus, ServiceEvent};
+pub use handler::{
+    ActorGroup, Controller, Endpoint, HandlerDef, HandlerGroup, Outcome, Placement, event, event_to, message,
+    message_to,
+};
+pub use headers::Headers;
+pub use interceptor::{Interceptor, Interceptors, Next};
+pub use microservice::{Microservice, RunningService, ServiceReport};
+pub use packet::Metadata;
+pub use pattern::{Pattern, Route};
+pub use payload::{Format, Payload};
+pub use registry::{RegistrationId, Registry};
+pub use reply::{HandlerResult, IntoReply, Record, Reply, Streaming, TryStreaming};
+pub use request::{
+    AppData, Client, ClientName, Ctx, Data, Deadline, Extension, FromRequest, MessageKind, Request, State,
+    TypeMap,
+};
+pub use responder::Cancellation;
+pub use route::{HandlerInfo, HandlerKind};
+pub use server::{Server, ServerHandle, ServerOptions, ServerReport};
+pub use session::Abandoned;
+pub use status::ConnectionStatus;
+pub use transport::{TransportId, TransportInfo};

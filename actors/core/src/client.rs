@@ -1,0 +1,988 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The client proxy: how applications call other services.
+//!
+//! ```text
+//! ClientProxy (handle, any thread) ──┐
+//! Call, ReplyStream (futures) ───────┼── ClientCore: the correlation map
+//! ClientActor (address, lifecycle) ──┘        │ lent to
+//!    └─ driver task: dial, backoff ── session task
+//! ```
+//!
+//! The actor starts at the first use, on the arbiter of that use, and is started anew should that arbiter
+//! stop. Each call's future shares the map directly: a call costs no mailbox hop.
+
+use std::fmt;
+use std::future::Future;
+use std::marker::PhantomData;
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll};
+use std::time::Duration;
+
+use actix::{Actor, ActorContext, Addr, AsyncContext, Context, Handler, Message, ResponseFuture};
+use futures::{FutureExt, Stream, StreamExt};
+use parking_lot::Mutex;
+use serde::de::DeserializeOwned;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::backoff::{Backoff, BackoffOptions};
+use crate::correlation::{CallKind, ClientCore, CorrelationLimits, NewCall};
+use crate::error::{CallError, RemoteError, SessionError, SessionErrorKind, StartError};
+use crate::events::{EventBus, ServiceEvent};
+use crate::headers::Headers;
+use crate::packet::Metadata;
+use crate::pattern::Pattern;
+use crate::payload::{EncodeError, Format, Payload};
+use crate::reply::IntoRecord;
+use crate::request::{TIMEOUT_KEY, TRACEPARENT_KEY, TRACESTATE_KEY};
+use crate::responder::{Cancellation, SlotKey};
+use crate::session::{SessionControl, SessionEnv, SessionExit, SessionLimits, run_session};
+use crate::status::{ConnectionStatus, StatusCell};
+use crate::supervise::panic_text;
+use crate::trace::{Ambient, TraceContext};
+use crate::transport::{ContextData, Dial, OutboundMessage, Role, Session, SessionPlan, TransportInfo};
+
+/// The largest number of calls that can be pending on one client.
+pub const MAX_PENDING_LIMIT: usize = 0x00ff_ffff;
+
+type MapError = Arc<dyn Fn(RemoteError) -> CallError + Send + Sync>;
+type MapResponse = Arc<dyn Fn(Payload) -> Result<Payload, CallError> + Send + Sync>;
+
+/// How a client behaves, whatever its transporter.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct ClientOptions {
+    /// How long a call waits for its reply (a stream: for each reply). Default 30 s; `None` waits for
+    /// ever. Changeable per call.
+    pub timeout: Option<Duration>,
+    /// Calls that may be pending at once; one more ends as `Overloaded`. Default 65,536, at most
+    /// 16,777,215.
+    pub max_pending: usize,
+    /// Replies of one call that may wait to be read; one more ends the call as `Overloaded`. Default 1024.
+    pub max_buffered_replies: usize,
+    /// How often connecting is tried again before queued calls end as `NotSent` (NestJS's
+    /// `retryAttempts`). Default 0.
+    pub retry_attempts: u32,
+    /// The pause between attempts to connect. NestJS's `retryDelay` is a fixed one. Default: from 50 ms
+    /// to 5 s.
+    pub retry_delay: BackoffOptions,
+    /// Whether a lost connection is made anew at once, rather than at the next use. Default false;
+    /// transporters with a broker set it.
+    pub reconnect: bool,
+    /// How often a call declared idempotent is sent again after its connection was lost. Default 3.
+    pub resend_attempts: u32,
+    /// How long one attempt to connect may take. Default 10 s.
+    pub connect_timeout: Duration,
+    /// Whether deadline and trace travel in the packet's metadata. NestJS 10, 11 and 12 ignore what they
+    /// do not know. Default true.
+    pub propagate: bool,
+    /// Bytes that may wait to be written before further calls wait in the client. Default 256 KiB.
+    pub high_water_bytes: usize,
+    map_error: Option<MapError>,
+    map_response: Option<MapResponse>,
+}
+
+impl Default for ClientOptions {
+    fn default() -> Self {
+        Self {
+            timeout: Some(Duration::from_secs(30)),
+            max_pending: 65_536,
+            max_buffered_replies: 1024,
+            retry_attempts: 0,
+            retry_delay: BackoffOptions::default(),
+            reconnect: false,
+            resend_attempts: 3,
+            connect_timeout: Duration::from_secs(10),
+            propagate: true,
+            high_water_bytes: 256 * 1024,
+            map_error: None,
+            map_response: None,
+        }
+    }
+}
+
+impl fmt::Debug for ClientOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientOptions")
+            .field("timeout", &self.timeout)
+            .field("max_pending", &self.max_pending)
+            .field("retry_attempts", &self.retry_attempts)
+            .field("reconnect", &self.reconnect)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ClientOptions {
+    /// Replaces how the error a remote handler answered becomes a call's outcome: NestJS's
+    /// `serializeError`. Default: [`CallError::Remote`].
+    #[must_use]
+    pub fn map_error(mut self, map: impl Fn(RemoteError) -> CallError + Send + Sync + 'static) -> Self {
+        self.map_error = Some(Arc::new(map));
+        self
+    }
+
+    /// Replaces how a response becomes the value that the caller decodes: NestJS's `serializeResponse`.
+    /// Default: as it came.
+    #[must_use]
+    pub fn map_response(
+        mut self,
+        map: impl Fn(Payload) -> Result<Payload, CallError> + Send + Sync + 'static,
+    ) -> Self {
+        self.map_response = Some(Arc::new(map));
+        self
+    }
+}
+
+/// Calls another service. Clones share one connection; usable from any thread of an actix system.
+#[derive(Clone)]
+pub struct ClientProxy {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    core: Arc<ClientCore>,
+    options: ClientOptions,
+    info: TransportInfo,
+    status: StatusCell,
+    events: EventBus,
+    native: Mutex<Option<ContextData>>,
+    /// Starts the actor on the current arbiter.
+    launch: Box<dyn Fn(&Arc<Shared>) -> Addr<ClientActor> + Send + Sync>,
+    check: Box<dyn Fn(&Pattern) -> Result<(), String> + Send + Sync>,
+    actor: Mutex<Option<Addr<ClientActor>>>,
+    /// Someone asked for a connection without a call.
+    eager: Mutex<Vec<tokio::sync::oneshot::Sender<Result<(), SessionError>>>>,
+    closing: Notify,
+}
+
+impl fmt::Debug for ClientProxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientProxy")
+            .field("transport", &self.shared.info.name)
+            .field("status", &self.status())
+            .field("pending", &self.pending())
+            .finish()
+    }
+}
+
+impl ClientProxy {
+    /// A client that gets its sessions from `dial`. Nothing is connected until the first use.
+    pub fn new<D: Dial + Clone + Send + Sync>(dial: D, options: ClientOptions) -> Self {
+        let info = dial.info();
+        let limits = CorrelationLimits {
+            max_pending: options.max_pending.clamp(1, MAX_PENDING_LIMIT),
+            max_buffered_replies: options.max_buffered_replies.max(1),
+            resend_attempts: options.resend_attempts,
+        };
+        let check = dial.clone();
+        Self {
+            shared: Arc::new(Shared {
+                core: Arc::new(ClientCore::new(limits)),
+                options,
+                info,
+                status: StatusCell::default(),
+                events: EventBus::default(),
+                native: Mutex::default(),
+                launch: Box::new(move |shared| ClientActor::launch(dial.clone(), Arc::clone(shared))),
+                check: Box::new(move |pattern| check.check_pattern(pattern)),
+                actor: Mutex::default(),
+                eager: Mutex::default(),
+                closing: Notify::new(),
+            }),
+        }
+    }
+
+    /// Prepares a request. **Nothing is sent until it is polled**: await it for a single reply, or make
+    /// it a stream of replies with [`Call::stream`]. Each poll-through is one request.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: martlet_core::ClientProxy) -> Result<(), martlet_core::CallError> {
+    /// let sum: i64 = client.send("sum", [1, 2, 3]).await?;
+    /// # Ok(()) }
+    /// ```
+    pub fn send<T: DeserializeOwned>(&self, pattern: impl Into<Pattern>, data: impl IntoRecord) -> Call<T> {
+        Call { prepared: Some(self.prepare(pattern.into(), data)), running: None, reply: PhantomData }
+    }
+
+    /// Sends an event, **at once**: it goes out whether or not the result is awaited. Awaiting it tells
+    /// when the transporter has taken it, which says nothing about its handlers.
+    pub fn emit(&self, pattern: impl Into<Pattern>, data: impl IntoRecord) -> Emit {
+        let prepared = self.prepare(pattern.into(), data);
+        Emit { state: prepared.start(CallKind::Event, None) }
+    }
+
+    /// As [`emit`](Self::emit), with metadata and headers of one's own.
+    pub fn emit_with(&self, pattern: impl Into<Pattern>, data: impl IntoRecord, metadata: Metadata) -> Emit {
+        let mut prepared = self.prepare(pattern.into(), data);
+        prepared.metadata = metadata;
+        Emit { state: prepared.start(CallKind::Event, None) }
+    }
+
+    fn prepare(&self, pattern: Pattern, data: impl IntoRecord) -> Prepared {
+        let record = data.into_record(self.shared.info.format);
+        Prepared {
+            client: self.clone(),
+            pattern,
+            record,
+            metadata: Metadata::new(),
+            extra_headers: Headers::new(),
+            timeout: self.shared.options.timeout,
+            idempotent: false,
+            cancellation: None,
+            ambient: Ambient::current(),
+        }
+    }
+
+    /// Connects now rather than at the first use.
+    ///
+    /// # Errors
+    ///
+    /// Why there is no connection, after the configured attempts.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future does not stop the connecting.
+    pub async fn connect(&self) -> Result<(), CallError> {
+        if self.shared.status.current() == Some(ConnectionStatus::Connected) {
+            return Ok(());
+        }
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        self.shared.core.reopen();
+        self.shared.eager.lock().push(sender);
+        self.start()?;
+        self.shared.core.demand.notify_one();
+        match receiver.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(cause)) => Err(CallError::NotSent { cause }),
+            Err(_) => Err(CallError::Closed),
+        }
+    }
+
+    /// Closes the client: calls under way end as `Closed`, then the connection is closed. A later use
+    /// connects anew after [`connect`](Self::connect).
+    ///
+    /// Cancel safe: closing goes on.
+    pub async fn close(&self) {
+        self.shared.core.close();
+        self.shared.core.end_all(&CallError::Closed);
+        let actor = self.shared.actor.lock().clone();
+        if let Some(actor) = actor {
+            // An error means that it has stopped already.
+            let _ = actor.send(Close).await;
+        }
+        self.shared.actor.lock().take();
+        self.shared.status.set(ConnectionStatus::Closed);
+    }
+
+    /// Waits for the calls under way, for at most `grace`, then closes.
+    pub async fn close_gracefully(&self, grace: Duration) {
+        self.shared.core.close();
+        let deadline = Instant::now() + grace;
+        while !self.shared.core.is_idle() && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        self.close().await;
+    }
+
+    /// The current status; `None` before the first use.
+    pub fn status(&self) -> Option<ConnectionStatus> {
+        self.shared.status.current()
+    }
+
+    /// The current status, then every change.
+    pub fn status_stream(&self) -> impl Stream<Item = ConnectionStatus> + Send + Unpin + 'static {
+        self.shared.status.stream()
+    }
+
+    /// The cell behind [`status`](Self::status).
+    pub fn status_cell(&self) -> &StatusCell {
+        &self.shared.status
+    }
+
+    /// Where this client reports errors.
+    pub fn events(&self) -> &EventBus {
+        &self.shared.events
+    }
+
+    /// The driver's own handle, if it is of this type and there is a connection: NestJS's `unwrap()`.
+    pub fn unwrap<T: Send + Sync + 'static>(&self) -> Option<Arc<T>> {
+        self.shared.native.lock().clone()?.downcast().ok()
+    }
+
+    /// What it speaks.
+    pub fn transport(&self) -> &TransportInfo {
+        &self.shared.info
+    }
+
+    /// Calls and events that have not ended.
+    pub fn pending(&self) -> usize {
+        self.shared.core.pending()
+    }
+
+    /// Slots of the correlation map in use: pending calls, and ended ones whose outcome nobody has read
+    /// yet.
+    pub fn occupied(&self) -> usize {
+        self.shared.core.occupied()
+    }
+
+    /// Replies that came when nobody waited for them any more.
+    pub fn late_replies(&self) -> u64 {
+        self.shared.core.late()
+    }
+
+    /// The client as an address, for actors to message with [`SendMessage`] and [`EmitMessage`].
+    ///
+    /// # Errors
+    ///
+    /// [`CallError::Closed`] outside of an actix system.
+    pub fn address(&self) -> Result<Addr<ClientActor>, CallError> {
+        self.start()
+    }
+
+    /// Makes sure that the actor runs.
+    fn start(&self) -> Result<Addr<ClientActor>, CallError> {
+        let mut actor = self.shared.actor.lock();
+        if let Some(running) = actor.as_ref().filter(|actor| actor.connected()) {
+            return Ok(running.clone());
+        }
+        if actix_rt::Arbiter::try_current().is_none() {
+            return Err(CallError::NotSent { cause: SessionError::fatal(StartError::NoSystem.to_string()) });
+        }
+        let address = (self.shared.launch)(&self.shared);
+        *actor = Some(address.clone());
+        Ok(address)
+    }
+}
+
+// === calls ===
+
+struct Prepared {
+    client: ClientProxy,
+    pattern: Pattern,
+    record: Result<(Payload, Headers), EncodeError>,
+    metadata: Metadata,
+    extra_headers: Headers,
+    timeout: Option<Duration>,
+    idempotent: bool,
+    cancellation: Option<Cancellation>,
+    ambient: Option<Ambient>,
+}
+
+enum Started {
+    Failed(Option<CallError>),
+    Running(Running),
+}
+
+struct Running {
+    client: ClientProxy,
+    key: SlotKey,
+    cancelled: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    ended: bool,
+}
+
+impl Prepared {
+    fn start(self, kind: CallKind, _hint: Option<()>) -> Started {
+        match self.try_start(kind) {
+            Ok(running) => Started::Running(running),
+            Err(error) => Started::Failed(Some(error)),
+        }
+    }
+
+    fn try_start(self, kind: CallKind) -> Result<Running, CallError> {
+        let Self {
+            client,
+            pattern,
+            record,
+            mut metadata,
+            extra_headers,
+            timeout,
+            idempotent,
+            cancellation,
+            ambient,
+        } = self;
+        let (data, mut headers) = record.map_err(|error| CallError::Encode(Arc::new(error)))?;
+        (client.shared.check)(&pattern).map_err(|reason| {
+            CallError::Encode(Arc::from(Box::<dyn std::error::Error + Send + Sync>::from(reason)))
+        })?;
+        for (name, value) in extra_headers.iter() {
+            headers.append(name, value);
+        }
+        let mut timeout = timeout;
+        if let Some(deadline) = ambient.as_ref().and_then(|ambient| ambient.deadline) {
+            // A call made inside a handler never outlives the handler's own caller.
+            let left = deadline.saturating_duration_since(Instant::now());
+            timeout = Some(timeout.map_or(left, |timeout| timeout.min(left)));
+        }
+        if client.shared.options.propagate {
+            if let (CallKind::Single, Some(timeout)) = (kind, timeout)
+                && metadata.get(TIMEOUT_KEY).is_none()
+            {
+                metadata.insert(TIMEOUT_KEY, timeout.as_millis().to_string());
+            }
+            if let Some(trace) = ambient.and_then(|ambient| ambient.trace)
+                && metadata.get(TRACEPARENT_KEY).is_none()
+            {
+                insert_trace(&mut metadata, &trace.child());
+            }
+        }
+        client.start()?;
+        let message = OutboundMessage { id: None, pattern, data, metadata, headers };
+        let key = client.shared.core.insert(NewCall { message, kind, timeout, idempotent })?;
+        let cancelled = cancellation.map(|token| {
+            Box::pin(async move { token.cancelled().await }) as Pin<Box<dyn Future<Output = ()> + Send>>
+        });
+        Ok(Running { client, key, cancelled, ended: false })
+    }
+}
+
+fn insert_trace(metadata: &mut Metadata, trace: &TraceContext) {
+    metadata.insert(TRACEPARENT_KEY, trace.to_string());
+    if let Some(state) = trace.state() {
+        metadata.insert(TRACESTATE_KEY, state);
+    }
+}
+
+impl Running {
+    fn poll_reply(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Payload, CallError>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        let shared = Arc::clone(&self.client.shared);
+        if let Some(cancelled) = &mut self.cancelled
+            && cancelled.as_mut().poll(cx).is_ready()
+        {
+            self.cancelled = None;
+            shared.core.cancel(self.key);
+        }
+        match shared.core.poll_reply(self.key, cx) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Some(Ok(payload))) => Poll::Ready(Some(match &shared.options.map_response {
+                Some(map) => map(payload),
+                None => Ok(payload),
+            })),
+            Poll::Ready(Some(Err(error))) => {
+                self.ended = true;
+                Poll::Ready(Some(Err(match (error, &shared.options.map_error) {
+                    (CallError::Remote(remote), Some(map)) => map(remote),
+                    (error, _) => error,
+                })))
+            }
+            Poll::Ready(None) => {
+                self.ended = true;
+                Poll::Ready(None)
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.client.shared.core.forget(self.key);
+        }
+    }
+}
+
+/// A request that is sent when it is first polled.
+///
+/// Awaited, it gives the first reply (NestJS's `firstValueFrom`); what follows is cancelled. A handler
+/// that completes without a value gives `()` or `None` where the type allows it, else
+/// [`CallError::NoValue`].
+///
+/// # Cancel safety
+///
+/// Dropping it frees its slot; a Martlet peer is told to stop the handler, a NestJS peer is not
+/// disturbed.
+#[must_use = "nothing is sent until it is awaited or polled"]
+pub struct Call<T> {
+    prepared: Option<Prepared>,
+    running: Option<Started>,
+    reply: PhantomData<fn() -> T>,
+}
+
+impl<T> fmt::Debug for Call<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Call").field("started", &self.running.is_some()).finish()
+    }
+}
+
+impl<T> Call<T> {
+    fn change(mut self, change: impl FnOnce(&mut Prepared)) -> Self {
+        if let Some(prepared) = &mut self.prepared {
+            change(prepared);
+        }
+        self
+    }
+
+    /// How long to wait for the reply (a stream: for each), instead of the client's default.
+    pub fn timeout(self, timeout: Duration) -> Self {
+        self.change(|call| call.timeout = Some(timeout))
+    }
+
+    /// Waits for ever.
+    pub fn no_timeout(self) -> Self {
+        self.change(|call| call.timeout = None)
+    }
+
+    /// Declares that running the handler twice does no harm: the call is sent again when its connection
+    /// is lost.
+    pub fn idempotent(self) -> Self {
+        self.change(|call| call.idempotent = true)
+    }
+
+    /// Adds packet metadata.
+    pub fn metadata(self, key: impl Into<Box<str>>, value: impl Into<Box<str>>) -> Self {
+        self.change(|call| {
+            call.metadata.insert(key, value);
+        })
+    }
+
+    /// Adds a header, where the transporter has them.
+    pub fn header(self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.change(|call| call.extra_headers.append(name, value))
+    }
+
+    /// Sets the trace that the request belongs to. Inside a handler, the handler's own is taken.
+    pub fn trace(self, trace: &TraceContext) -> Self {
+        self.change(|call| insert_trace(&mut call.metadata, trace))
+    }
+
+    /// Ends the call as [`CallError::Cancelled`] when the token is cancelled.
+    pub fn cancel_on(self, token: Cancellation) -> Self {
+        self.change(|call| call.cancellation = Some(token))
+    }
+
+    /// Takes every reply, as a stream. Nothing is sent until it is polled.
+    pub fn stream(mut self) -> ReplyStream<T> {
+        ReplyStream { prepared: self.prepared.take(), running: self.running.take(), reply: PhantomData }
+    }
+}
+
+fn poll_started(
+    prepared: &mut Option<Prepared>,
+    running: &mut Option<Started>,
+    kind: CallKind,
+    cx: &mut TaskContext<'_>,
+) -> Poll<Option<Result<Payload, CallError>>> {
+    if let Some(call) = prepared.take() {
+        *running = Some(call.start(kind, None));
+    }
+    match running {
+        Some(Started::Running(call)) => call.poll_reply(cx),
+        Some(Started::Failed(error)) => Poll::Ready(error.take().map(Err)),
+        None => Poll::Ready(None),
+    }
+}
+
+fn decode<T: DeserializeOwned>(payload: &Payload) -> Result<T, CallError> {
+    payload.decode().map_err(|error| CallError::Decode(Arc::new(error)))
+}
+
+impl<T: DeserializeOwned> Future for Call<T> {
+    type Output = Result<T, CallError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        let reply =
+            std::task::ready!(poll_started(&mut this.prepared, &mut this.running, CallKind::Single, cx));
+        let format = match &this.running {
+            Some(Started::Running(running)) => running.client.shared.info.format,
+            _ => Format::Json,
+        };
+        // Dropping what runs frees the slot and cancels the rest of a stream.
+        this.running = None;
+        Poll::Ready(match reply {
+            Some(Ok(payload)) => decode(&payload),
+            Some(Err(error)) => Err(error),
+            None => Payload::null(format).decode().map_err(|_| CallError::NoValue),
+        })
+    }
+}
+
+impl<T> Unpin for Call<T> {}
+
+/// The replies of one request. Ends after the completion or after the first error.
+///
+/// # Cancel safety
+///
+/// Dropping it frees its slot; a Martlet peer is told to stop the handler, a NestJS peer is not
+/// disturbed.
+#[must_use = "nothing is sent until it is polled"]
+pub struct ReplyStream<T> {
+    prepared: Option<Prepared>,
+    running: Option<Started>,
+    reply: PhantomData<fn() -> T>,
+}
+
+impl<T> fmt::Debug for ReplyStream<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReplyStream").field("started", &self.running.is_some()).finish()
+    }
+}
+
+impl<T> Unpin for ReplyStream<T> {}
+
+impl<T: DeserializeOwned> Stream for ReplyStream<T> {
+    type Item = Result<T, CallError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Option<Self::Item>> {
+        let this = &mut *self;
+        match std::task::ready!(poll_started(&mut this.prepared, &mut this.running, CallKind::Stream, cx)) {
+            Some(Ok(payload)) => Poll::Ready(Some(decode(&payload))),
+            Some(Err(error)) => {
+                this.running = None;
+                Poll::Ready(Some(Err(error)))
+            }
+            None => {
+                this.running = None;
+                Poll::Ready(None)
+            }
+        }
+    }
+}
+
+impl<T: DeserializeOwned> ReplyStream<T> {
+    /// Every reply, once the handler has completed.
+    ///
+    /// # Errors
+    ///
+    /// The error that ended the stream; replies before it are dropped.
+    pub async fn collect_all(mut self) -> Result<Vec<T>, CallError> {
+        let mut replies = Vec::new();
+        while let Some(reply) = self.next().await {
+            replies.push(reply?);
+        }
+        Ok(replies)
+    }
+}
+
+/// An event on its way. It goes out even when this is dropped.
+pub struct Emit {
+    state: Started,
+}
+
+impl fmt::Debug for Emit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Emit")
+    }
+}
+
+impl Unpin for Emit {}
+
+impl Future for Emit {
+    type Output = Result<(), CallError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Self::Output> {
+        let reply = match &mut self.state {
+            Started::Running(running) => std::task::ready!(running.poll_reply(cx)),
+            Started::Failed(error) => error.take().map(Err),
+        };
+        Poll::Ready(match reply {
+            Some(Err(error)) => Err(error),
+            _ => Ok(()),
+        })
+    }
+}
+
+// === the actor ===
+
+/// The address of a client: answers [`SendMessage`] and [`EmitMessage`], and owns the connection.
+pub struct ClientActor {
+    shared: Arc<Shared>,
+    drive: Box<dyn Fn(Arc<Shared>) -> futures::future::LocalBoxFuture<'static, ()>>,
+    driver: Option<tokio::task::JoinHandle<()>>,
+}
+
+impl fmt::Debug for ClientActor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientActor").field("transport", &self.shared.info.name).finish()
+    }
+}
+
+/// Asks a client actor to call: pattern, payload, and a limit of one's own.
+#[derive(Debug, Clone, Message)]
+#[rtype(result = "Result<Payload, CallError>")]
+pub struct SendMessage {
+    /// The pattern.
+    pub pattern: Pattern,
+    /// The payload.
+    pub data: Payload,
+    /// How long to wait; `None` for the client's default.
+    pub timeout: Option<Duration>,
+}
+
+/// Asks a client actor to send an event.
+#[derive(Debug, Clone, Message)]
+#[rtype(result = "Result<(), CallError>")]
+pub struct EmitMessage {
+    /// The pattern.
+    pub pattern: Pattern,
+    /// The payload.
+    pub data: Payload,
+}
+
+#[derive(Message)]
+#[rtype(result = "()")]
+struct Close;
+
+impl ClientActor {
+    fn launch<D: Dial + Clone + Send + Sync>(dial: D, shared: Arc<Shared>) -> Addr<Self> {
+        let actor = Self {
+            shared,
+            drive: Box::new(move |shared| Box::pin(drive(dial.clone(), shared))),
+            driver: None,
+        };
+        actor.start()
+    }
+
+    /// Runs the driver as a watched task; one that panics is started again.
+    fn spawn_driver(&mut self) {
+        // A close that nobody waited for is over.
+        let _ = self.shared.closing.notified().now_or_never();
+        let shared = Arc::clone(&self.shared);
+        let drive = (self.drive)(Arc::clone(&shared));
+        let task = actix_rt::spawn(async move {
+            // Whatever ends the driver (a panic, the end of its arbiter): nobody waits for ever.
+            let guard = DriverGuard(Arc::clone(&shared));
+            let timer = shared.core.run_timer();
+            let result = tokio::select! {
+                result = AssertUnwindSafe(drive).catch_unwind() => result,
+                () = timer => Ok(()),
+            };
+            match result {
+                Ok(()) => std::mem::forget(guard),
+                Err(panic) => {
+                    let error =
+                        SessionError::lost(format!("the client driver panicked: {}", panic_text(panic)));
+                    shared.events.emit(ServiceEvent::Session {
+                        transport: Arc::clone(&shared.info.name),
+                        peer: None,
+                        error,
+                    });
+                }
+            }
+        });
+        self.driver = Some(task);
+    }
+
+    /// Starts a driver that ended out of order anew.
+    fn watch_driver(&mut self, ctx: &mut Context<Self>) {
+        let ended = self.driver.as_ref().is_none_or(tokio::task::JoinHandle::is_finished);
+        if ended && self.shared.core.is_closed() {
+            ctx.stop();
+        } else if ended {
+            self.spawn_driver();
+        }
+    }
+}
+
+/// Ends every call when the driver ends out of order.
+struct DriverGuard(Arc<Shared>);
+
+impl Drop for DriverGuard {
+    fn drop(&mut self) {
+        let cause = SessionError::lost("the client's arbiter or driver ended");
+        self.0.core.session_ended(&cause);
+        self.0.core.fail_queued(&cause);
+        self.0.native.lock().take();
+        self.0.status.set(ConnectionStatus::Disconnected);
+    }
+}
+
+impl Actor for ClientActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        ctx.set_mailbox_capacity(1024);
+        self.spawn_driver();
+        ctx.run_interval(Duration::from_millis(250), Self::watch_driver);
+    }
+
+    fn stopped(&mut self, _ctx: &mut Self::Context) {
+        if let Some(driver) = self.driver.take() {
+            driver.abort();
+        }
+    }
+}
+
+impl Handler<SendMessage> for ClientActor {
+    type Result = ResponseFuture<Result<Payload, CallError>>;
+
+    fn handle(&mut self, message: SendMessage, _ctx: &mut Self::Context) -> Self::Result {
+        let proxy = ClientProxy { shared: Arc::clone(&self.shared) };
+        Box::pin(async move {
+            let mut prepared = proxy.prepare(message.pattern, message.data);
+            if message.timeout.is_some() {
+                prepared.timeout = message.timeout;
+            }
+            let mut running = prepared.try_start(CallKind::Single)?;
+            match std::future::poll_fn(|cx| running.poll_reply(cx)).await {
+                Some(reply) => reply,
+                None => Ok(Payload::null(proxy.shared.info.format)),
+            }
+        })
+    }
+}
+
+impl Handler<EmitMessage> for ClientActor {
+    type Result = ResponseFuture<Result<(), CallError>>;
+
+    fn handle(&mut self, message: EmitMessage, _ctx: &mut Self::Context) -> Self::Result {
+        let proxy = ClientProxy { shared: Arc::clone(&self.shared) };
+        let emitted = proxy.emit(message.pattern, message.data);
+        Box::pin(emitted)
+    }
+}
+
+impl Handler<Close> for ClientActor {
+    type Result = ResponseFuture<()>;
+
+    fn handle(&mut self, _: Close, ctx: &mut Self::Context) -> Self::Result {
+        self.shared.closing.notify_one();
+        let driver = self.driver.take();
+        let address = ctx.address();
+        Box::pin(async move {
+            if let Some(driver) = driver {
+                // The driver closes its session and ends; one that does not is stopped.
+                if tokio::time::timeout(Duration::from_secs(2), driver).await.is_err() {
+                    tracing::warn!(target: "martlet", "a client's session did not close within 2s");
+                }
+            }
+            address.do_send(Stop);
+        })
+    }
+}
+
+#[derive(Message)]
+#[rtype(result = "()")]
+struct Stop;
+
+impl Handler<Stop> for ClientActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Stop, ctx: &mut Self::Context) {
+        ctx.stop();
+    }
+}
+
+// === the driver ===
+
+/// Dials when there is demand, runs the session, decides what follows its end.
+async fn drive<D: Dial>(dial: D, shared: Arc<Shared>) {
+    let core = &shared.core;
+    let mut lost = None;
+    loop {
+        if core.is_closed() {
+            return;
+        }
+        let wanted = core.has_demand() || !shared.eager.lock().is_empty() || lost.is_some();
+        if !wanted {
+            tokio::select! {
+                () = core.demand.notified() => {}
+                () = shared.closing.notified() => return,
+            }
+            continue;
+        }
+        let connected = tokio::select! {
+            connected = connect(&dial, &shared, lost.take()) => connected,
+            () = shared.closing.notified() => return,
+        };
+        let session = match connected {
+            Ok(session) => session,
+            Err(cause) => {
+                shared.status.set(ConnectionStatus::Disconnected);
+                for waiting in shared.eager.lock().drain(..) {
+                    // Whoever asked may have stopped waiting.
+                    let _ = waiting.send(Err(cause.clone()));
+                }
+                core.fail_queued(&cause);
+                continue;
+            }
+        };
+        let exit = run(session, &shared).await;
+        *shared.native.lock() = None;
+        if core.is_closed() {
+            return;
+        }
+        let cause = exit.cause.unwrap_or_else(|| SessionError::lost("the connection was closed"));
+        shared.events.emit(ServiceEvent::Session {
+            transport: Arc::clone(&shared.info.name),
+            peer: None,
+            error: cause.clone(),
+        });
+        if shared.options.reconnect && cause.kind() != SessionErrorKind::Fatal {
+            shared.status.set(ConnectionStatus::Reconnecting);
+            lost = Some(exit.lived);
+        } else {
+            shared.status.set(ConnectionStatus::Disconnected);
+        }
+    }
+}
+
+async fn connect<D: Dial>(
+    dial: &D,
+    shared: &Shared,
+    lost_after: Option<Duration>,
+) -> Result<D::Session, SessionError> {
+    let options = &shared.options;
+    let mut backoff = Backoff::new(options.retry_delay);
+    let reconnecting = lost_after.is_some();
+    if !reconnecting {
+        shared.status.set(ConnectionStatus::Connecting);
+    } else if lost_after.is_some_and(|lived| lived < options.retry_delay.min) {
+        // A session that ends at once would otherwise be dialled in a tight loop.
+        tokio::time::sleep(backoff.next_pause()).await;
+    }
+    let mut attempt = 0;
+    loop {
+        let plan = SessionPlan { role: Role::Client, subscriptions: Vec::new() };
+        let dialled = tokio::time::timeout(options.connect_timeout, dial.dial(plan)).await;
+        let error = match dialled {
+            Ok(Ok(session)) => return Ok(session),
+            Ok(Err(error)) => error,
+            Err(_) => SessionError::refused(format!("no connection within {:?}", options.connect_timeout)),
+        };
+        if error.kind() == SessionErrorKind::Fatal || attempt >= options.retry_attempts {
+            return Err(error);
+        }
+        attempt += 1;
+        if reconnecting {
+            shared.status.set(ConnectionStatus::Reconnecting);
+        }
+        tokio::time::sleep(backoff.next_pause()).await;
+    }
+}
+
+async fn run<S: Session>(session: S, shared: &Arc<Shared>) -> SessionExit {
+    let control = Arc::new(SessionControl::default());
+    *shared.native.lock() = session.native();
+    shared.core.session_started(&control);
+    shared.status.set(ConnectionStatus::Connected);
+    for waiting in shared.eager.lock().drain(..) {
+        // Whoever asked may have stopped waiting.
+        let _ = waiting.send(Ok(()));
+    }
+    let limits =
+        SessionLimits { high_water_bytes: shared.options.high_water_bytes, ..SessionLimits::default() };
+    let env = SessionEnv {
+        transport: shared.info.clone(),
+        events: shared.events.clone(),
+        limits,
+        control: Arc::clone(&control),
+        server: None,
+        client: Some(Arc::clone(&shared.core)),
+    };
+    let session = run_session(session, env);
+    tokio::pin!(session);
+    tokio::select! {
+        exit = &mut session => exit,
+        () = shared.closing.notified() => {
+            control.abandon();
+            session.await
+        }
+    }
+}

@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The pattern registry: the actor that owns every registration.
+//!
+//! It builds the replicas of a group on their arbiters, refuses two message handlers for one pattern, and
+//! publishes a new immutable [`RouteTable`] per transporter on each change. Sessions never ask it anything.
+
+use std::fmt;
+use std::sync::Arc;
+
+use actix::{Actor, Addr, AtomicResponse, Context, Handler, Message, WrapFuture};
+use actix::{ActorFutureExt, ActorTryFutureExt};
+use hashbrown::HashMap;
+use tokio::sync::watch;
+
+use crate::arbiters::Arbiters;
+use crate::error::StartError;
+use crate::events::EventBus;
+use crate::handler::{BUILD_TIMEOUT, EscalateFn, HandlerActor, HandlerGroup, Placement, ReplicaContext};
+use crate::interceptor::Interceptor;
+use crate::pattern::Route;
+use crate::route::{HandlerKind, HandlerRef, HandlerReport, HandlerStats, Replicas, RouteEntry, RouteTable};
+use crate::supervise::Child;
+use crate::transport::{TransportId, TransportInfo};
+
+/// Names a registration, so that it can be taken back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct RegistrationId(u64);
+
+/// The handle of a registry: registers handlers from anywhere, at any time.
+#[derive(Clone)]
+pub struct Registry {
+    actor: Addr<RegistryActor>,
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Registry")
+    }
+}
+
+impl Registry {
+    /// Starts a registry on the current arbiter.
+    pub(crate) fn start(
+        arbiters: Arbiters,
+        events: EventBus,
+        child: Child,
+        global: Arc<[Arc<dyn Interceptor>]>,
+        escalate: EscalateFn,
+    ) -> Self {
+        let actor = RegistryActor {
+            arbiters,
+            events,
+            child,
+            global,
+            escalate,
+            groups: Vec::new(),
+            tables: HashMap::new(),
+            next: 0,
+        };
+        Self { actor: actor.start() }
+    }
+
+    /// Routes groups of handlers, all of them or none. Traffic that flows is not disturbed; sessions see
+    /// the new routes with their next message, brokers are subscribed before the first one.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError::DuplicateHandler`] for two message handlers on one pattern, [`StartError::Panicked`]
+    /// when a factory panics, [`StartError::Stopped`] when the service has stopped.
+    ///
+    /// # Cancel safety
+    ///
+    /// A registration under way is completed when the future is dropped; its id is lost.
+    pub async fn register(&self, groups: Vec<HandlerGroup>) -> Result<RegistrationId, StartError> {
+        self.actor.send(Register { groups }).await.map_err(|_| StartError::Stopped)?
+    }
+
+    /// Takes a registration back: its routes go at once, requests that were dispatched are finished.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError::Stopped`] when the service has stopped.
+    pub async fn unregister(&self, id: RegistrationId) -> Result<bool, StartError> {
+        self.actor.send(Unregister { id }).await.map_err(|_| StartError::Stopped)
+    }
+
+    /// Counters of every handler.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError::Stopped`] when the service has stopped.
+    pub async fn report(&self) -> Result<Vec<HandlerReport>, StartError> {
+        self.actor.send(Report).await.map_err(|_| StartError::Stopped)
+    }
+
+    pub(crate) async fn watch(
+        &self,
+        transport: TransportInfo,
+    ) -> Result<watch::Receiver<Arc<RouteTable>>, StartError> {
+        self.actor.send(Watch { transport: transport.id }).await.map_err(|_| StartError::Stopped)
+    }
+}
+
+/// Owns the registrations. Lives on the service's main arbiter; never on a request's path.
+pub(crate) struct RegistryActor {
+    arbiters: Arbiters,
+    events: EventBus,
+    child: Child,
+    global: Arc<[Arc<dyn Interceptor>]>,
+    escalate: EscalateFn,
+    groups: Vec<Registered>,
+    tables: HashMap<TransportId, watch::Sender<Arc<RouteTable>>>,
+    next: u64,
+}
+
+struct Registered {
+    id: RegistrationId,
+    handlers: Vec<Arc<HandlerRef>>,
+    /// Their place in the tree, kept as long as they are routed.
+    _children: Vec<Child>,
+}
+
+#[derive(Message)]
+#[rtype(result = "Result<RegistrationId, StartError>")]
+struct Register {
+    groups: Vec<HandlerGroup>,
+}
+
+#[derive(Message)]
+#[rtype(result = "bool")]
+struct Unregister {
+    id: RegistrationId,
+}
+
+#[derive(Message)]
+#[rtype(result = "watch::Receiver<Arc<RouteTable>>")]
+struct Watch {
+    transport: TransportId,
+}
+
+#[derive(Message)]
+#[rtype(result = "Vec<HandlerReport>")]
+struct Report;
+
+impl Actor for RegistryActor {
+    type Context = Context<Self>;
+}
+
+impl Handler<Register> for RegistryActor {
+    // Registrations happen one after the other: each sees the ones before.
+    type Result = AtomicResponse<Self, Result<RegistrationId, StartError>>;
+
+    fn handle(&mut self, Register { groups }: Register, _ctx: &mut Self::Context) -> Self::Result {
+        if let Err(error) = self.check(&groups) {
+            return AtomicResponse::new(Box::pin(async { Err(error) }.into_actor(self)));
+        }
+        let build = build_groups(
+            groups,
+            self.arbiters.clone(),
+            self.events.clone(),
+            self.child.clone(),
+            self.escalate.clone(),
+            Arc::clone(&self.global),
+        );
+        AtomicResponse::new(Box::pin(build.into_actor(self).map_ok(|(handlers, children), actor, _| {
+            let id = RegistrationId(actor.next);
+            actor.next += 1;
+            actor.groups.push(Registered { id, handlers, _children: children });
+            actor.publish();
+            id
+        })))
+    }
+}
+
+impl Handler<Unregister> for RegistryActor {
+    type Result = AtomicResponse<Self, bool>;
+
+    fn handle(&mut self, Unregister { id }: Unregister, _ctx: &mut Self::Context) -> Self::Result {
+        AtomicResponse::new(Box::pin(async {}.into_actor(self).map(move |(), actor, _| {
+            let before = actor.groups.len();
+            actor.groups.retain(|group| group.id != id);
+            let found = actor.groups.len() < before;
+            if found {
+                actor.publish();
+            }
+            found
+        })))
+    }
+}
+
+impl Handler<Watch> for RegistryActor {
+    type Result = actix::MessageResult<Watch>;
+
+    fn handle(&mut self, Watch { transport }: Watch, _ctx: &mut Self::Context) -> Self::Result {
+        let table = Arc::new(self.table(transport));
+        let sender = self.tables.entry(transport).or_insert_with(|| watch::Sender::new(Arc::default()));
+        sender.send_replace(table);
+        actix::MessageResult(sender.subscribe())
+    }
+}
+
+impl Handler<Report> for RegistryActor {
+    type Result = Vec<HandlerReport>;
+
+    fn handle(&mut self, _: Report, _ctx: &mut Self::Context) -> Self::Result {
+        self.groups.iter().flat_map(|group| &group.handlers).map(|handler| handler.report()).collect()
+    }
+}
+
+impl RegistryActor {
+    /// Refuses a second message handler for a route, wherever both would be reachable.
+    fn check(&self, groups: &[HandlerGroup]) -> Result<(), StartError> {
+        let mut have: HashMap<&Route, Vec<&crate::route::HandlerInfo>> = HashMap::new();
+        let registered = self.groups.iter().flat_map(|group| &group.handlers).map(|handler| &handler.info);
+        let new = groups.iter().flat_map(HandlerGroup::handlers);
+        for info in registered.chain(new).filter(|info| info.kind == HandlerKind::Message) {
+            let others = have.entry(info.pattern.route()).or_default();
+            let clash = others.iter().find(|other| match (other.transport, info.transport) {
+                (Some(one), Some(two)) => one == two,
+                _ => true,
+            });
+            if let Some(other) = clash {
+                let transport = match info.transport.or(other.transport) {
+                    Some(TransportId::TCP) => "tcp".to_owned(),
+                    Some(TransportId::NATS) => "nats".to_owned(),
+                    Some(TransportId(number)) => format!("transport {number}"),
+                    None => "every transport".to_owned(),
+                };
+                return Err(StartError::DuplicateHandler {
+                    pattern: info.pattern.route().to_string(),
+                    transport,
+                    first: other.place(),
+                    second: info.place(),
+                });
+            }
+            others.push(info);
+        }
+        Ok(())
+    }
+
+    fn publish(&mut self) {
+        let transports: Vec<_> = self.tables.keys().copied().collect();
+        for transport in transports {
+            let table = Arc::new(self.table(transport));
+            if let Some(sender) = self.tables.get(&transport) {
+                sender.send_replace(table);
+            }
+        }
+    }
+
+    /// The routes that a transporter serves, in registration order.
+    fn table(&self, transport: TransportId) -> RouteTable {
+        let mut index: HashMap<Route, usize> = HashMap::new();
+        let mut entries: Vec<RouteEntry> = Vec::new();
+        let handlers = self.groups.iter().flat_map(|group| &group.handlers);
+        for handler in handlers.filter(|handler| handler.info.transport.is_none_or(|only| only == transport))
+        {
+            let route = handler.info.pattern.route();
+            let at = *index.entry(route.clone()).or_insert_with(|| {
+                entries.push(RouteEntry {
+                    route: route.clone(),
+                    pattern: handler.info.pattern.clone(),
+                    message: None,
+                    events: Vec::new(),
+                });
+                entries.len() - 1
+            });
+            match handler.info.kind {
+                HandlerKind::Message => entries[at].message = Some(Arc::clone(handler)),
+                HandlerKind::Event => entries[at].events.push(Arc::clone(handler)),
+            }
+        }
+        RouteTable::build(entries)
+    }
+}
+
+/// Builds the replicas of every group on their arbiters.
+async fn build_groups(
+    groups: Vec<HandlerGroup>,
+    arbiters: Arbiters,
+    events: EventBus,
+    child: Child,
+    escalate: EscalateFn,
+    global: Arc<[Arc<dyn Interceptor>]>,
+) -> Result<(Vec<Arc<HandlerRef>>, Vec<Child>), StartError> {
+    let mut handlers = Vec::new();
+    let mut children = Vec::new();
+    for group in groups {
+        let stats: Vec<Arc<HandlerStats>> = group.handlers.iter().map(|_| Arc::default()).collect();
+        let count = match group.placement {
+            Placement::PerArbiter => arbiters.len(),
+            Placement::Singleton => 1,
+        };
+        let group = Arc::new(group);
+        let mut building = Vec::new();
+        for arbiter in 0..count {
+            let name: Arc<str> = if count == 1 {
+                Arc::clone(&group.name)
+            } else {
+                Arc::from(format!("{}#{arbiter}", group.name))
+            };
+            let place = child.child(name, "handlers");
+            children.push(place.clone());
+            let context =
+                ReplicaContext { arbiter, child: place, events: events.clone(), escalate: escalate.clone() };
+            let (group, stats, global) = (Arc::clone(&group), stats.clone(), Arc::clone(&global));
+            building.push(arbiters.run_on(arbiter, move || async move {
+                HandlerActor::build(&group, &stats, context, &global).map(|actor| actor.start().recipient())
+            }));
+        }
+        let mut recipients = Vec::new();
+        for built in building {
+            let what = format!("the factory of {}", group.name);
+            let panicked = |cause: String| StartError::Panicked { what, cause };
+            recipients.push(match tokio::time::timeout(BUILD_TIMEOUT, built).await {
+                Ok(Ok(Ok(recipient))) => recipient,
+                Ok(Ok(Err(cause))) => return Err(panicked(cause)),
+                Ok(Err(_)) => return Err(panicked("its arbiter has stopped".to_owned())),
+                Err(_) => return Err(panicked(format!("it took longer than {BUILD_TIMEOUT:?}"))),
+            });
+        }
+        let replicas = Arc::new(Replicas { recipients });
+        for (endpoint, ((info, _), stats)) in group.handlers.iter().zip(stats).enumerate() {
+            handlers.push(Arc::new(HandlerRef {
+                info: info.clone(),
+                replicas: Arc::clone(&replicas),
+                endpoint: endpoint as u32,
+                stats,
+            }));
+        }
+    }
+    Ok((handlers, children))
+}

@@ -1,0 +1,451 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The extension contract: what a transporter must say, and nothing more.
+//!
+//! A transporter answers three questions: how do I get a session ([`Dial`] for brokers and for the
+//! calling side, [`Listen`] for servers that accept peers), what arrived ([`SessionReader`]), how do I put
+//! this on the wire ([`SessionWriter`]). Everything else (reconnecting, routing, correlation, bounds,
+//! drain, status) is the runtime's, the same for all. The transporters of this repository use no
+//! other door.
+//!
+//! Both halves are driven by one task on one arbiter, so they may share state without locks.
+
+use std::any::Any;
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+
+use crate::error::SessionError;
+use crate::headers::Headers;
+use crate::packet::{Metadata, ResponseBody, ResponsePacket};
+use crate::pattern::{Pattern, Route};
+use crate::payload::{Format, Payload};
+use crate::route::HandlerKind;
+
+/// The transporter-specific context of a message, handed to extractors that know its type.
+pub type ContextData = Arc<dyn Any + Send + Sync>;
+
+/// NestJS's numbers for transports, so that a handler can be limited to one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct TransportId(pub u16);
+
+impl TransportId {
+    /// `Transport.TCP`.
+    pub const TCP: Self = Self(0);
+    /// `Transport.REDIS`.
+    pub const REDIS: Self = Self(1);
+    /// `Transport.NATS`.
+    pub const NATS: Self = Self(2);
+    /// `Transport.MQTT`.
+    pub const MQTT: Self = Self(3);
+    /// `Transport.GRPC`.
+    pub const GRPC: Self = Self(4);
+    /// `Transport.RMQ`.
+    pub const RMQ: Self = Self(5);
+    /// `Transport.KAFKA`.
+    pub const KAFKA: Self = Self(6);
+    /// The in-memory transporter of `martlet-testkit`.
+    pub const MEMORY: Self = Self(1000);
+
+    /// An id for a transporter of one's own; ids below 1024 are kept for Martlet.
+    pub const fn custom(number: u16) -> Self {
+        Self(number)
+    }
+}
+
+/// What a transporter is called, what it wants from the runtime.
+#[derive(Debug, Clone)]
+pub struct TransportInfo {
+    /// Its NestJS number, or one of its own.
+    pub id: TransportId,
+    /// Its name in reports: `tcp`, `nats`.
+    pub name: Arc<str>,
+    /// Whether it delivers by subscription (a broker), so that it must learn the routes.
+    pub subscribes: bool,
+    /// Whether the runtime must report how each delivery ended ([`Outbound::Settle`]).
+    pub settles: bool,
+    /// Format of the payloads it carries.
+    pub format: Format,
+}
+
+impl TransportInfo {
+    /// A transporter that carries JSON, accepts peers and acknowledges nothing.
+    pub fn new(id: TransportId, name: &str) -> Self {
+        Self { id, name: Arc::from(name), subscribes: false, settles: false, format: Format::Json }
+    }
+}
+
+/// Which end of the conversation a dialled session is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// It receives requests and events and sends responses.
+    Server,
+    /// It sends requests and events and receives responses.
+    Client,
+}
+
+/// What a dialled session must serve.
+#[derive(Debug, Clone)]
+pub struct SessionPlan {
+    /// Which end it is.
+    pub role: Role,
+    /// The routes to subscribe before the session counts as connected. Empty for clients.
+    pub subscriptions: Vec<Subscription>,
+}
+
+/// A route that a broker transporter subscribes.
+#[derive(Debug, Clone)]
+pub struct Subscription {
+    /// The route.
+    pub route: Route,
+    /// The pattern as its handler wrote it.
+    pub pattern: Pattern,
+    /// What handles it.
+    pub kind: HandlerKind,
+    /// The handler's extras (NestJS's `extras`; NATS reads `queue`).
+    pub extras: Arc<serde_json::Map<String, serde_json::Value>>,
+}
+
+/// How a delivery's handler is found.
+#[derive(Debug, Clone)]
+pub enum PatternKey {
+    /// The raw bytes of the packet's pattern, in the payload format. Looked up as they are, normalised on
+    /// a miss. Empty means that the packet has no pattern.
+    Raw(Bytes),
+    /// The route of the subscription that matched.
+    Route(Route),
+}
+
+/// A request or event as it arrived.
+#[derive(Debug)]
+pub struct Delivery<R> {
+    /// How its handler is found.
+    pub key: PatternKey,
+    /// The payload, still raw. `None` when the packet had none.
+    pub data: Option<Payload>,
+    /// The packet's metadata, still raw.
+    pub metadata: Option<Payload>,
+    /// The packet id, raw: present on requests.
+    pub id: Option<Bytes>,
+    /// What the transporter needs to answer (and to settle).
+    pub reply_to: R,
+    /// The transporter's context of this message.
+    pub context: ContextData,
+}
+
+/// Everything that can arrive on a session.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Inbound<R> {
+    /// A message that wants a response: its packet has an id.
+    Request(Delivery<R>),
+    /// A message that wants none.
+    Event(Delivery<R>),
+    /// A response to a request of ours.
+    Response(ResponsePacket),
+    /// A request of ours reached nobody (a broker without subscribers said so).
+    Unreachable {
+        /// The id of the request.
+        id: PacketId,
+    },
+    /// A caller has lost interest in its request.
+    Cancel {
+        /// The raw packet id of the request.
+        id: Bytes,
+    },
+    /// Something that cannot be read arrived. It is reported; the session goes on.
+    Bad {
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// Everything that can leave on a session.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Outbound<R> {
+    /// A request.
+    Request(OutboundMessage),
+    /// An event.
+    Event(OutboundMessage),
+    /// One packet of the response to a delivery.
+    Response {
+        /// As received with the delivery.
+        reply_to: R,
+        /// The raw packet id, as received.
+        id: Bytes,
+        /// What to say.
+        body: ResponseBody,
+        /// Headers for this packet, where the protocol has them.
+        headers: Option<Headers>,
+    },
+    /// How a delivery ended; only for transporters that settle.
+    Settle {
+        /// As received with the delivery.
+        delivery: R,
+        /// How it ended.
+        settlement: Settlement,
+    },
+    /// Serve one more route.
+    Subscribe(Subscription),
+    /// Serve a route no more.
+    Unsubscribe(Route),
+    /// The caller of a request has lost interest. A transporter must put it on the wire only where a NestJS
+    /// peer is not disturbed by it, and may drop it.
+    Cancel {
+        /// The id of the request.
+        id: PacketId,
+        /// The route it was sent to.
+        route: Route,
+    },
+}
+
+/// A request or event to be sent.
+#[derive(Debug, Clone)]
+pub struct OutboundMessage {
+    /// The packet id; `None` for events.
+    pub id: Option<PacketId>,
+    /// The pattern.
+    pub pattern: Pattern,
+    /// The payload.
+    pub data: Payload,
+    /// Packet metadata; empty means that none is sent.
+    pub metadata: Metadata,
+    /// Headers, where the protocol has them.
+    pub headers: Headers,
+}
+
+/// How a delivery ended, for transporters that acknowledge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Settlement {
+    /// Every handler finished without an error.
+    Done,
+    /// A handler failed.
+    Failed,
+    /// Nobody handles it.
+    Unhandled,
+    /// It was abandoned (drain, restart): another consumer may take it.
+    HandedBack,
+}
+
+/// The id of a request of ours: 21 characters of lower-case hex, the shape NestJS uses.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PacketId([u8; Self::LEN]);
+
+impl PacketId {
+    /// Its length in characters.
+    pub const LEN: usize = 21;
+
+    pub(crate) fn from_parts(prefix: u32, generation: u32, slot: u32) -> Self {
+        const HEX: &[u8; 16] = b"0123456789abcdef";
+        let mut text = [0; Self::LEN];
+        let mut put = |range: std::ops::Range<usize>, mut value: u32| {
+            for place in text[range].iter_mut().rev() {
+                *place = HEX[(value & 15) as usize];
+                value >>= 4;
+            }
+        };
+        put(0..7, prefix);
+        put(7..15, generation);
+        put(15..21, slot);
+        Self(text)
+    }
+
+    /// Reads the text of an id of ours back into its parts; `None` if it is not one.
+    pub(crate) fn parse(text: &[u8]) -> Option<(u32, u32, u32)> {
+        if text.len() != Self::LEN {
+            return None;
+        }
+        let number = |part: &[u8]| {
+            part.iter().try_fold(0u32, |value, byte| {
+                let digit = match byte {
+                    b'0'..=b'9' => byte - b'0',
+                    b'a'..=b'f' => byte - b'a' + 10,
+                    _ => return None,
+                };
+                Some(value << 4 | u32::from(digit))
+            })
+        };
+        Some((number(&text[0..7])?, number(&text[7..15])?, number(&text[15..21])?))
+    }
+
+    /// The id of a request, from the text that a peer or broker gave back.
+    pub fn from_text(text: &[u8]) -> Option<Self> {
+        Self::parse(text)?;
+        Some(Self(text.try_into().ok()?))
+    }
+
+    /// Its text.
+    pub fn as_str(&self) -> &str {
+        // Only hex digits are ever put in.
+        std::str::from_utf8(&self.0).unwrap_or_default()
+    }
+}
+
+impl fmt::Debug for PacketId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Display for PacketId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// One live conversation: a half that reads, a half that writes.
+pub trait Session: 'static {
+    /// What the transporter needs to answer a delivery: nothing on a connection of its own, a reply
+    /// subject, a delivery tag. Cloned for every packet of a response but the last.
+    type ReplyTo: Clone + Send + 'static;
+    /// The half that reads.
+    type Reader: SessionReader<Self::ReplyTo>;
+    /// The half that writes.
+    type Writer: SessionWriter<Self::ReplyTo>;
+
+    /// Who is at the other end, for reports.
+    fn peer(&self) -> Arc<str>;
+
+    /// The driver's own handle (a NATS client, a socket's address), for NestJS's `unwrap()`.
+    fn native(&self) -> Option<ContextData> {
+        None
+    }
+
+    /// Parts the halves.
+    fn split(self) -> (Self::Reader, Self::Writer);
+}
+
+/// The half of a session that reads.
+pub trait SessionReader<R>: 'static {
+    /// The next arrival; `None` when the other end has closed or a drain is complete. Not polled again
+    /// after `None` or an error.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Inbound<R>, SessionError>>>;
+
+    /// Stop intake: what has been received by now is still yielded, then `None`.
+    fn drain(&mut self);
+
+    /// After everything has been written and closed: reads and discards until the other end has closed,
+    /// so that nothing written is lost by a reset. Ready at once where the protocol has no such trouble.
+    fn poll_linger(&mut self, _cx: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
+    }
+}
+
+/// The half of a session that writes.
+pub trait SessionWriter<R>: 'static {
+    /// Takes one item, without waiting. An item that cannot be put in wire form is refused alone; the
+    /// session goes on.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError::Item`] refuses this item, [`WriteError::Session`] ends the session.
+    fn write(&mut self, item: Outbound<R>) -> Result<(), WriteError>;
+
+    /// Moves what was taken towards the wire; ready when nothing is left.
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>>;
+
+    /// How many bytes were taken and are not yet on the wire. Above the session's high-water mark the
+    /// runtime stops reading new work until they are.
+    fn pending_bytes(&self) -> usize;
+
+    /// Flushes and closes this half; ready when done.
+    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>>;
+}
+
+/// Why an item could not be written.
+#[derive(Debug)]
+pub enum WriteError {
+    /// Only this item: too large, not expressible. For a request, its caller gets the error.
+    Item(crate::error::SharedError),
+    /// The session is over.
+    Session(SessionError),
+}
+
+impl From<SessionError> for WriteError {
+    fn from(error: SessionError) -> Self {
+        Self::Session(error)
+    }
+}
+
+/// Opens one session with a broker or a peer. `&self`, so that the runtime can run the dial as a watched
+/// task that shares the transporter.
+///
+/// A dial must not retry by itself: reconnection has exactly one owner, the runtime.
+pub trait Dial: 'static {
+    /// What it opens.
+    type Session: Session;
+
+    /// What it is called and wants.
+    fn info(&self) -> TransportInfo;
+
+    /// Opens a session. Dropped when the runtime stops waiting for it.
+    fn dial(&self, plan: SessionPlan) -> impl Future<Output = Result<Self::Session, SessionError>>;
+
+    /// Checks a pattern before anything is sent to or subscribed for it.
+    ///
+    /// # Errors
+    ///
+    /// The reason why this protocol cannot carry the pattern.
+    fn check_pattern(&self, _pattern: &Pattern) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// Accepts peers: a server with no broker.
+pub trait Listen: 'static {
+    /// The bound listener.
+    type Bound: Accept;
+
+    /// What it is called and wants.
+    fn info(&self) -> TransportInfo;
+
+    /// Binds the address.
+    fn bind(&self) -> impl Future<Output = Result<Self::Bound, SessionError>>;
+}
+
+/// A bound listener.
+pub trait Accept: 'static {
+    /// What it accepts.
+    type Peer: Open;
+
+    /// Where it listens, as a URL without options: `tcp://127.0.0.1:3000`.
+    fn local_url(&self) -> String;
+
+    /// The driver's own handle, for NestJS's `unwrap()`.
+    fn native(&self) -> Option<ContextData> {
+        None
+    }
+
+    /// Waits for the next peer.
+    ///
+    /// An error ends the listener; per-peer troubles are the peer's.
+    fn accept(&mut self) -> impl Future<Output = Result<Self::Peer, SessionError>>;
+}
+
+/// An accepted peer. It may change threads; `open` makes it a session on the arbiter that will own it,
+/// handshakes included.
+pub trait Open: Send + 'static {
+    /// What it becomes.
+    type Session: Session;
+
+    /// Makes it a session.
+    fn open(self) -> impl Future<Output = Result<Self::Session, SessionError>>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packet_ids_are_21_hex_characters_and_read_back() {
+        let id = PacketId::from_parts(0x0ab_cdef, 7, 0xfffff);
+        assert_eq!(id.as_str(), "0abcdef000000070fffff");
+        assert_eq!(PacketId::parse(id.as_str().as_bytes()), Some((0x0ab_cdef, 7, 0xfffff)));
+        assert_eq!(PacketId::parse(b"0abcdef00000007fffff"), None);
+        assert_eq!(PacketId::parse(b"0abcdef000000070ffffG"), None);
+    }
+}
