@@ -339,10 +339,14 @@ impl<'de, S: Serializer> Visitor<'de> for RelayVisitor<S> {
         visit_bool serialize_bool bool,
         visit_i64 serialize_i64 i64,
         visit_u64 serialize_u64 u64,
-        visit_f32 serialize_f32 f32,
         visit_f64 serialize_f64 f64,
         visit_str serialize_str &str,
         visit_bytes serialize_bytes &[u8],
+    }
+
+    fn visit_f32<E: de::Error>(self, value: f32) -> Result<S::Ok, E> {
+        // Its exact value, which is what a reader without `f32` makes of it.
+        self.visit_f64(f64::from(value))
     }
 
     fn visit_unit<E: de::Error>(self) -> Result<S::Ok, E> {

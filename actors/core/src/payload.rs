@@ -331,6 +331,16 @@ mod tests {
     }
 
     #[test]
+    fn floats_are_read_to_the_last_bit() {
+        for bits in [0x5b5b_5b5b_5b5b_5b5b_u64, 0x0000_0000_0000_0001, 0x7fef_ffff_ffff_ffff] {
+            let value = f64::from_bits(bits);
+            let payload = Payload::encode(Format::Json, &value).unwrap();
+            assert_eq!(payload.decode::<f64>().unwrap().to_bits(), bits, "{payload:?}");
+            assert_eq!(payload.transcode(Format::MessagePack).unwrap().decode::<f64>().unwrap(), value);
+        }
+    }
+
+    #[test]
     fn of_duplicate_members_maps_take_the_last_and_structs_refuse() {
         #[derive(Debug, Deserialize)]
         #[allow(dead_code)]
@@ -417,6 +427,7 @@ mod tests {
         assert_eq!(transcode(&[0xc4, 2, 1, 255]).unwrap(), "[1,255]");
         assert_eq!(transcode(&[0x81, 5, 0xc0]).unwrap(), r#"{"5":null}"#);
         assert_eq!(transcode(&[0xcb, 0x7f, 0xf8, 0, 0, 0, 0, 0, 0]).unwrap(), "null");
+        assert_eq!(transcode(&[0xca, 0x3d, 0xcc, 0xcc, 0xcd]).unwrap(), "0.10000000149011612");
         assert!(transcode(&[0xd4, 1, 2]).is_err(), "an extension");
         assert!(transcode(&[0x81, 0x90, 0xc0]).is_err(), "an array as key");
         assert_eq!(transcode(&[0xa2, 0xff, 0xff]).unwrap(), "[255,255]", "a string that is not utf-8");
