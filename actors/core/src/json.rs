@@ -169,6 +169,7 @@ impl<const N: usize> Members<N> {
 /// # Errors
 ///
 /// [`SyntaxError`] if the text is anything but one JSON value surrounded by white space.
+#[inline]
 pub fn members<const N: usize>(text: &[u8], names: &[&str; N]) -> Result<Members<N>, SyntaxError> {
     if let Err(error) = std::str::from_utf8(text) {
         return Err(SyntaxError { kind: SyntaxErrorKind::Utf8, offset: error.valid_up_to() });
@@ -741,4 +742,241 @@ pub(crate) fn path_at(text: &[u8], offset: usize) -> Option<String> {
         at = start;
     }
     (!path.is_empty()).then_some(path)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What `serde_json` takes for one value; it does not look at UTF-8 in values it ignores.
+    fn is_json(text: &[u8]) -> bool {
+        std::str::from_utf8(text).is_ok() && serde_json::from_slice::<serde::de::IgnoredAny>(text).is_ok()
+    }
+
+    #[track_caller]
+    fn check_validity(text: &[u8]) {
+        assert_eq!(validate(text).is_ok(), is_json(text), "{}", String::from_utf8_lossy(text));
+    }
+
+    #[track_caller]
+    fn check_error(text: &[u8], kind: SyntaxErrorKind, offset: usize) {
+        assert_eq!(validate(text), Err(SyntaxError { kind, offset }), "{}", String::from_utf8_lossy(text));
+    }
+
+    #[track_caller]
+    fn check_members(text: &str, expected: [Option<&str>; 2]) {
+        let found = members(text.as_bytes(), &["id", "data"]).unwrap();
+        assert_eq!(found.spans.map(|span| span.map(|span| &text[span])), expected, "{text}");
+    }
+
+    #[track_caller]
+    fn check_written(value: impl Serialize, text: &str) {
+        assert_eq!(String::from_utf8(to_vec(&value).unwrap()).unwrap(), text);
+    }
+
+    #[test]
+    fn members_are_found_in_any_order_and_the_last_wins() {
+        check_members(r#"{"id":1,"data":{"id":2}}"#, [Some("1"), Some(r#"{"id":2}"#)]);
+        check_members(" { \"data\" : [ 1 ] ,\n\"id\" : \"}\" } ", [Some("\"}\""), Some("[ 1 ]")]);
+        check_members(r#"{"id":1,"id":2}"#, [Some("2"), None]);
+        check_members("{}", [None, None]);
+        check_members(r#"["id",1]"#, [None, None]);
+    }
+
+    #[test]
+    fn escaped_keys_are_the_keys_they_spell() {
+        check_members(r#"{"\u0069d":1,"dat\u0061":2}"#, [Some("1"), Some("2")]);
+        check_members(r#"{"\\id":1,"i\"d":2,"data\u0000":3}"#, [None, None]);
+    }
+
+    #[test]
+    fn other_members_and_empty_objects_are_told() {
+        let found = |text: &str| {
+            let found = members(text.as_bytes(), &["id"]).unwrap();
+            (found.is_object, found.has_others, found.is_empty_object())
+        };
+        assert_eq!(found("{}"), (true, false, true));
+        assert_eq!(found(r#"{"id":1}"#), (true, false, false));
+        assert_eq!(found(r#"{"id":1,"x":1}"#), (true, true, false));
+        assert_eq!(found("[]"), (false, false, false));
+    }
+
+    #[test]
+    fn errors_name_the_byte() {
+        use SyntaxErrorKind::*;
+        check_error(b"", End, 0);
+        check_error(b"  ", End, 2);
+        check_error(b"{bad}", Byte, 1);
+        check_error(b"[1,]", Byte, 3);
+        check_error(b"[1 2]", Byte, 3);
+        check_error(b"{\"a\":1,}", Byte, 7);
+        check_error(b"{\"a\" 1}", Byte, 5);
+        check_error(b"[1}", Byte, 2);
+        check_error(b"{\"a\":[}", Byte, 6);
+        check_error(b"{\"a\":", End, 5);
+        check_error(b"1 1", Trailing, 2);
+        check_error(b"truE", Byte, 3);
+        check_error(b"tru", End, 3);
+        check_error(b"01", Number, 1);
+        check_error(b"1.", End, 2);
+        check_error(b"1.e1", Number, 2);
+        check_error(b"1e+", End, 3);
+        check_error(b"-", End, 1);
+        check_error(b"-a", Number, 1);
+        check_error(b"\"abc", End, 4);
+        check_error(b"\"a\nb\"", Control, 2);
+        check_error(b"\"\\x\"", Escape, 2);
+        check_error(b"\"\\u12g4\"", Escape, 5);
+        check_error(b"\"\xff\"", Utf8, 1);
+    }
+
+    #[test]
+    fn nesting_is_bounded_by_the_text_only() {
+        for depth in [1, 63, 64, 65, 127, 128, 129, 192, 193, 100_000] {
+            let deep = [b"[".repeat(depth), b"]".repeat(depth)].concat();
+            assert_eq!(validate(&deep), Ok(()), "{depth}");
+            let objects = ["{\"a\":".repeat(depth), "1".to_owned(), "}".repeat(depth)].concat();
+            assert_eq!(validate(objects.as_bytes()), Ok(()), "{depth}");
+            let mixed = ["[{\"a\":".repeat(depth), "1".to_owned(), "}]".repeat(depth)].concat();
+            assert_eq!(validate(mixed.as_bytes()), Ok(()), "{depth}");
+            let mut crossed = mixed.into_bytes();
+            let last = crossed.len() - 1;
+            crossed[last] = b'}';
+            assert_eq!(validate(&crossed).unwrap_err().offset, last, "{depth}");
+        }
+    }
+
+    #[test]
+    fn lone_surrogates_and_huge_numbers_are_syntax() {
+        for text in [r#""\ud83d""#, r#""\ude00\ud83d""#, "1e400", "-1e-400", "123456789012345678901234567890"]
+        {
+            check_validity(text.as_bytes());
+            assert_eq!(validate(text.as_bytes()), Ok(()), "{text}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_spelled_as_in_javascript() {
+        check_written(3.0, "3");
+        check_written(-0.0, "0");
+        check_written(1.5e300, "1.5e+300");
+        check_written(1e21, "1e+21");
+        check_written(1e20, "100000000000000000000");
+        check_written(1e-7, "1e-7");
+        check_written(0.000001, "0.000001");
+        check_written(5e-324, "5e-324");
+        check_written(f64::NAN, "null");
+        check_written([f64::INFINITY, f64::NEG_INFINITY], "[null,null]");
+        check_written(0.1_f32, "0.1");
+        check_written(f32::MAX, "3.4028235e+38");
+        check_written(f32::NAN, "null");
+        check_written(u64::MAX, "18446744073709551615");
+        check_written(serde_json::json!({"a": 2.0}), r#"{"a":2}"#);
+    }
+
+    #[test]
+    fn strings_are_escaped_as_in_javascript() {
+        let text = "a\"\\/\u{8}\u{c}\n\r\t\u{0}\u{1f}\u{7f}é😀\u{2028}";
+        let expected = "\"a\\\"\\\\/\\b\\f\\n\\r\\t\\u0000\\u001f\u{7f}é😀\u{2028}\"";
+        check_written(text, expected);
+        let mut out = BytesMut::from("x");
+        write_string(&mut out, text);
+        assert_eq!(out, format!("x{expected}"));
+    }
+
+    #[test]
+    fn surrogates_without_a_partner_are_mended() {
+        let mend = |text: &str| mend_surrogates(text.as_bytes()).map(|it| String::from_utf8(it).unwrap());
+        assert_eq!(mend(r#""\ud83d\ude00""#), None);
+        assert_eq!(mend(r#""\\ud83d""#), None);
+        assert_eq!(mend(r#""\ud83d""#).as_deref(), Some(r#""\ufffd""#));
+        assert_eq!(mend(r#""\ud83d\ud83d\ude00""#).as_deref(), Some(r#""\ufffd\ud83d\ude00""#));
+        assert_eq!(mend(r#""\ude00x\\\ud83d\n""#).as_deref(), Some(r#""\ufffdx\\\ufffd\n""#));
+        assert_eq!(unescape(br"\ud83d\ude00\ud83dx\ude00"), "😀\u{fffd}x\u{fffd}");
+    }
+
+    #[test]
+    fn truth_is_javascripts() {
+        for raw in ["false", "null", "\"\"", "0", "-0", "0.0", "0e5", "1e-400"] {
+            assert!(!is_truthy(raw.as_bytes()), "{raw}");
+        }
+        for raw in ["true", "1", "-1", "1e400", "\"0\"", "\"false\"", "[]", "{}", "0.1"] {
+            assert!(is_truthy(raw.as_bytes()), "{raw}");
+        }
+    }
+
+    #[test]
+    fn places_of_errors_have_paths() {
+        let text = br#"{"user":{"tags":["a", 5 ]},"x":1}"#;
+        let offset = text.iter().position(|&it| it == b'5').unwrap();
+        assert_eq!(path_at(text, offset).as_deref(), Some("user.tags[1]"));
+        assert_eq!(path_at(text, 0), None);
+        assert_eq!(offset_of(b"a\nbc\nd", 2, 2), Some(3));
+    }
+
+    fn text() -> impl Strategy<Value = String> {
+        let leaf = prop_oneof![
+            Just("null".to_owned()),
+            any::<f64>().prop_map(|it| serde_json::to_string(&it).unwrap()),
+            any::<i64>().prop_map(|it| it.to_string()),
+            any::<String>().prop_map(|it| serde_json::to_string(&it).unwrap()),
+            "\"(\\\\[\"\\\\/bfnrt]|\\\\u[0-9a-fA-F]{4}|[a-zé😀]){0,12}\"",
+        ];
+        leaf.prop_recursive(5, 40, 6, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..6).prop_map(|it| format!("[{}]", it.join(" , "))),
+                prop::collection::vec((any::<String>(), inner), 0..6).prop_map(|it| {
+                    let members = it
+                        .iter()
+                        .map(|(key, value)| format!("{}:{value}", serde_json::to_string(key).unwrap()));
+                    format!("{{{}}}", members.collect::<Vec<_>>().join(","))
+                }),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn valid_text_is_valid(text in text()) {
+            prop_assert_eq!(validate(text.as_bytes()), Ok(()));
+        }
+
+        #[test]
+        fn mutated_text_is_judged_as_serde_json_does(
+            text in text(),
+            edits in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0..3), 1..4),
+        ) {
+            let bytes = b"{}[]\",:\\ \t\n0123456789.-+eEtruefalsn\x00\x1f\x80\xc3\xff";
+            let mut text = text.into_bytes();
+            for (place, byte, kind) in edits {
+                if text.is_empty() {
+                    break;
+                }
+                let (place, byte) = (place.index(text.len()), bytes[byte.index(bytes.len())]);
+                match kind {
+                    0 => text[place] = byte,
+                    1 => text.insert(place, byte),
+                    _ => drop(text.remove(place)),
+                }
+            }
+            check_validity(&text);
+        }
+
+        #[test]
+        fn any_bytes_are_judged_as_serde_json_does(text in prop::collection::vec(any::<u8>(), 0..24)) {
+            check_validity(&text);
+        }
+
+        #[test]
+        fn written_strings_read_back(text in any::<String>()) {
+            let mut out = BytesMut::new();
+            write_string(&mut out, &text);
+            prop_assert_eq!(serde_json::from_slice::<String>(&out).unwrap(), text.clone());
+            prop_assert_eq!(&out[..], &serde_json::to_vec(&text).unwrap()[..]);
+            prop_assert_eq!(unescape(&out[1..out.len() - 1]), text);
+        }
+    }
 }

@@ -266,6 +266,14 @@ pub fn write_bool(out: &mut BytesMut, value: bool) {
 
 type Source = Box<dyn Error + Send + Sync>;
 
+/// A deserializer that stops at 128 levels, like the one for JSON: its own limit of 1024 does not fit on the stack of
+/// a thread in every build.
+pub(crate) fn reader(bytes: &[u8]) -> rmp_serde::Deserializer<rmp_serde::decode::ReadRefReader<'_, [u8]>> {
+    let mut reader = rmp_serde::Deserializer::from_read_ref(bytes);
+    reader.set_max_depth(128);
+    reader
+}
+
 /// Rewrites one JSON text as MessagePack, keeping the order of members.
 ///
 /// # Errors
@@ -286,7 +294,7 @@ pub fn from_json(text: &[u8]) -> Result<Vec<u8>, Source> {
 /// If the bytes are not one value, or the value has extension types or keys JSON cannot have.
 pub fn to_json(bytes: &[u8]) -> Result<Vec<u8>, Source> {
     members(bytes, &[])?;
-    let mut reader = rmp_serde::Deserializer::new(bytes);
+    let mut reader = reader(bytes);
     let mut out = Vec::with_capacity(bytes.len() * 2);
     Relay::new(&mut reader).serialize(&mut serde_json::Serializer::with_formatter(&mut out, JsFormatter))?;
     Ok(out)
@@ -331,10 +339,14 @@ impl<'de, S: Serializer> Visitor<'de> for RelayVisitor<S> {
         visit_bool serialize_bool bool,
         visit_i64 serialize_i64 i64,
         visit_u64 serialize_u64 u64,
-        visit_f32 serialize_f32 f32,
         visit_f64 serialize_f64 f64,
         visit_str serialize_str &str,
         visit_bytes serialize_bytes &[u8],
+    }
+
+    fn visit_f32<E: de::Error>(self, value: f32) -> Result<S::Ok, E> {
+        // Its exact value, which is what a reader without `f32` makes of it.
+        self.visit_f64(f64::from(value))
     }
 
     fn visit_unit<E: de::Error>(self) -> Result<S::Ok, E> {
@@ -391,5 +403,131 @@ impl<'de, S: SerializeMap> DeserializeSeed<'de> for MemberValue<'_, S> {
 
     fn deserialize<D: Deserializer<'de>>(self, reader: D) -> Result<(), D::Error> {
         self.0.serialize_value(&Relay::new(reader)).map_err(de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[track_caller]
+    fn check_whole(bytes: &[u8]) {
+        assert_eq!(skip(bytes, 0), Ok(bytes.len()), "{bytes:02x?}");
+        for cut in 0..bytes.len() {
+            let error = skip(&bytes[..cut], 0).unwrap_err();
+            assert_eq!(
+                error,
+                FormError { kind: FormErrorKind::End, offset: cut },
+                "{bytes:02x?} cut at {cut}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_type_is_stepped_over() {
+        for head in 0..=0xff_u8 {
+            let body: &[u8] = match head {
+                0x80 | 0x90 | 0xa0 => &[],
+                0x81 => &[1, 2],
+                0x92 | 0xa2 => &[1, 2],
+                0x82..=0x8f | 0x91 | 0x93..=0x9f | 0xa1 | 0xa3..=0xbf | 0xc1 => continue,
+                0xc4 | 0xd9 => &[2, 0xff, 0xff],
+                0xc5 | 0xda => &[0, 2, 0xff, 0xff],
+                0xc6 | 0xdb => &[0, 0, 0, 2, 0xff, 0xff],
+                0xc7 => &[1, 9, 0xff],
+                0xc8 => &[0, 1, 9, 0xff],
+                0xc9 => &[0, 0, 0, 1, 9, 0xff],
+                0xca | 0xce | 0xd2 => &[0xc1; 4],
+                0xcb | 0xcf | 0xd3 => &[0xc1; 8],
+                0xcc | 0xd0 => &[0xc1],
+                0xcd | 0xd1 => &[0xc1; 2],
+                0xd4 => &[0xc1; 2],
+                0xd5 => &[0xc1; 3],
+                0xd6 => &[0xc1; 5],
+                0xd7 => &[0xc1; 9],
+                0xd8 => &[0xc1; 17],
+                0xdc => &[0, 2, 1, 2],
+                0xdd => &[0, 0, 0, 2, 1, 2],
+                0xde => &[0, 1, 1, 2],
+                0xdf => &[0, 0, 0, 1, 1, 2],
+                _ => &[],
+            };
+            let whole = [&[head], body].concat();
+            assert_eq!(skip(&whole, 0), Ok(whole.len()), "{whole:02x?}");
+        }
+    }
+
+    #[test]
+    fn cut_values_and_reserved_bytes_are_refused() {
+        check_whole(
+            &rmp_serde::to_vec_named(&json!({"a": [1, -500, 1.5, "text"], "b": {"c": null}})).unwrap(),
+        );
+        let error = skip(&[0x92, 0x01, 0xc1], 0).unwrap_err();
+        assert_eq!(error, FormError { kind: FormErrorKind::Reserved, offset: 2 });
+        let error = members(&[0xc0, 0xc0], &[]).unwrap_err();
+        assert_eq!(error, FormError { kind: FormErrorKind::Trailing, offset: 1 });
+    }
+
+    #[test]
+    fn counts_nobody_can_keep_are_refused_at_once() {
+        for bytes in [
+            &[0xdd, 0xff, 0xff, 0xff, 0xff][..],
+            &[0xdf, 0xff, 0xff, 0xff, 0xff],
+            &[0xdb, 0xff, 0xff, 0xff, 0xff],
+        ] {
+            assert_eq!(skip(bytes, 0).unwrap_err().kind, FormErrorKind::End);
+            assert_eq!(members(bytes, &["a"]).unwrap_err().kind, FormErrorKind::End);
+        }
+        let deep = [vec![0x91; 1_000_000], vec![0xc0]].concat();
+        assert_eq!(skip(&deep, 0), Ok(deep.len()));
+    }
+
+    #[test]
+    fn members_are_found_and_the_last_wins() {
+        let bytes = [&[0x84, 0xa1, b'a', 1, 5, 2, 0xd9, 1, b'a', 3, 0xa1, b'b', 0x90][..]].concat();
+        let found = members(&bytes, &["a", "b", "c"]).unwrap();
+        assert_eq!(found.spans, [Some(9..10), Some(12..13), None]);
+        assert!(found.is_object && found.has_others);
+        assert!(members(&[0x80], &["a"]).unwrap().is_empty_object());
+        assert!(!members(&[0x90], &["a"]).unwrap().is_object);
+    }
+
+    #[test]
+    fn truth_is_javascripts() {
+        let value = |value: Value| rmp_serde::to_vec_named(&value).unwrap();
+        for falsy in [json!(null), json!(false), json!(0), json!(0.0), json!(-0.0), json!("")] {
+            assert!(!is_truthy(&value(falsy.clone())), "{falsy}");
+        }
+        assert!(!is_truthy(&[0xd9, 0]) && !is_truthy(&[0xcd, 0, 0]) && !is_truthy(&[0xca, 0x7f, 0xc0, 0, 0]));
+        for truthy in
+            [json!(true), json!(1), json!(-1), json!(300), json!(0.5), json!("0"), json!([]), json!({})]
+        {
+            assert!(is_truthy(&value(truthy.clone())), "{truthy}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn written_strings_read_back(text in prop_oneof![".{0,40}", "a{200,300}", "é{40000}"]) {
+            let mut out = BytesMut::new();
+            write_string(&mut out, &text);
+            prop_assert_eq!(as_str(&out), Some(text.as_str()));
+            prop_assert_eq!(&out[..], &rmp_serde::to_vec(&text).unwrap()[..]);
+        }
+
+        #[test]
+        fn any_bytes_are_stepped_over_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
+            let ours = members(&bytes, &["a"]);
+            let mut reader = rmp_serde::Deserializer::new(&bytes[..]);
+            let theirs = <serde::de::IgnoredAny as serde::Deserialize>::deserialize(&mut reader).is_ok();
+            // What the decoder reads to the end, the scanner reads too; the decoder also wants UTF-8 in places.
+            if theirs && reader.get_ref().is_empty() {
+                prop_assert!(ours.is_ok(), "{:02x?}", bytes);
+            }
+        }
     }
 }

@@ -214,3 +214,45 @@ impl<'de> Deserialize<'de> for Metadata {
         deserializer.deserialize_map(Entries)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::payload::Format;
+
+    #[track_caller]
+    fn check_metadata(json: &str, expected: &[(&str, &str)]) {
+        let payload = Payload::new(Format::Json, Bytes::copy_from_slice(json.as_bytes()));
+        let packed = payload.transcode(Format::MessagePack).unwrap();
+        for payload in [payload, packed] {
+            let metadata: Metadata = payload.decode().unwrap();
+            assert_eq!(metadata.iter().collect::<Vec<_>>(), expected, "{json}");
+        }
+    }
+
+    #[test]
+    fn metadata_keeps_its_order_and_tolerates_other_types() {
+        check_metadata(r#"{"b":"1","a":"2"}"#, &[("b", "1"), ("a", "2")]);
+        check_metadata(
+            r#"{"n":1,"o":{"x":[true]},"z":null}"#,
+            &[("n", "1"), ("o", r#"{"x":[true]}"#), ("z", "null")],
+        );
+        check_metadata(r#"{"a":"1","b":"2","a":"3"}"#, &[("a", "3"), ("b", "2")]);
+        check_metadata("{}", &[]);
+        assert!(Payload::new(Format::Json, Bytes::from_static(b"5")).decode::<Metadata>().is_err());
+    }
+
+    #[test]
+    fn metadata_is_a_small_map() {
+        let mut metadata: Metadata = [("a", "1"), ("b", "2")].into_iter().collect();
+        assert_eq!(metadata.insert("a", "3").as_deref(), Some("1"));
+        assert_eq!((metadata.get("a"), metadata.get("x"), metadata.len()), (Some("3"), None, 2));
+        assert_eq!(Payload::encode(Format::Json, &metadata).unwrap().bytes(), r#"{"a":"3","b":"2"}"#);
+        assert_eq!(metadata.size_bytes(), 4);
+        assert!(metadata.fits(2, 4) && !metadata.fits(1, 4) && !metadata.fits(2, 3));
+        assert_eq!(metadata.remove("a").as_deref(), Some("3"));
+        assert_eq!(metadata.remove("a"), None);
+        assert!(!metadata.is_empty());
+    }
+}

@@ -82,8 +82,7 @@ impl Payload {
     /// - a number beyond `f64` (`1e400`, infinity in JavaScript) is an error: no type can hold it, and NestJS
     ///   never sends one;
     /// - of duplicate members the last one wins in maps and `Value`, a derived struct refuses them;
-    /// - nesting beyond 128 levels is an error in JSON, beyond 1024 in MessagePack; the payload itself can still
-    ///   be passed on;
+    /// - nesting beyond 128 levels is an error, in both formats; the payload itself can still be passed on;
     /// - unknown members are ignored unless `T` denies them.
     ///
     /// # Errors
@@ -96,18 +95,15 @@ impl Payload {
                 Err(error) => self.decode_mended(error),
             },
             Format::MessagePack => {
-                let mut reader = rmp_serde::Deserializer::new(&self.bytes[..]);
-                let value = T::deserialize(&mut reader)
-                    .map_err(|source| DecodeError::msgpack(source, &self.bytes))?;
-                if !reader.get_ref().is_empty() {
-                    let offset = self.bytes.len() - reader.get_ref().len();
-                    return Err(DecodeError::at(
-                        Format::MessagePack,
-                        offset,
-                        "trailing bytes after the value",
-                    ));
-                }
-                Ok(value)
+                // Checking first names the byte of a malformed value, which the decoder does not.
+                msgpack::members(&self.bytes, &[])
+                    .map_err(|error| DecodeError::at(Format::MessagePack, error.offset, error))?;
+                T::deserialize(&mut msgpack::reader(&self.bytes)).map_err(|source| DecodeError {
+                    format: Format::MessagePack,
+                    path: None,
+                    offset: None,
+                    source: source.into(),
+                })
             }
         }
     }
@@ -175,7 +171,8 @@ impl Payload {
 
     /// The same value in another format; keeps the order of members. Costs nothing if the format is the same.
     ///
-    /// Byte strings, which only MessagePack has, become arrays of numbers in JSON.
+    /// Byte strings, which only MessagePack has, become arrays of numbers in JSON; so do its strings that are not
+    /// UTF-8.
     ///
     /// # Errors
     ///
@@ -269,10 +266,6 @@ impl DecodeError {
         DecodeError { format, path: None, offset: Some(offset), source: source.into() }
     }
 
-    fn msgpack(source: rmp_serde::decode::Error, _bytes: &[u8]) -> Self {
-        DecodeError { format: Format::MessagePack, path: None, offset: None, source: source.into() }
-    }
-
     fn json(source: serde_json::Error, bytes: &[u8]) -> Self {
         let offset = json::offset_of(bytes, source.line(), source.column());
         let path = offset.and_then(|offset| json::path_at(bytes, offset));
@@ -292,5 +285,160 @@ impl DecodeError {
     /// The byte at which reading stopped, if it is known.
     pub fn offset(&self) -> Option<usize> {
         self.offset
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde::Deserialize;
+    use serde_json::json;
+
+    use super::*;
+
+    fn text(json: &str) -> Payload {
+        Payload::new(Format::Json, Bytes::copy_from_slice(json.as_bytes()))
+    }
+
+    #[track_caller]
+    fn check_decode<T: DeserializeOwned + PartialEq + fmt::Debug>(json: &str, expected: T) {
+        assert_eq!(text(json).decode::<T>().unwrap(), expected, "{json}");
+    }
+
+    #[track_caller]
+    fn check_refused<T: DeserializeOwned + fmt::Debug>(
+        payload: &Payload,
+        place: (Option<&str>, Option<usize>),
+    ) {
+        let error = payload.decode::<T>().unwrap_err();
+        assert_eq!((error.path(), error.offset()), place, "{error}");
+    }
+
+    #[test]
+    fn lone_surrogates_become_replacement_characters() {
+        check_decode(r#""a\ud83d""#, "a\u{fffd}".to_owned());
+        check_decode(r#"{"\ude00":["\ud83d\ude00","\ud83dx"]}"#, json!({"\u{fffd}": ["😀", "\u{fffd}x"]}));
+        check_decode(r#""\\ud83d""#, r"\ud83d".to_owned());
+    }
+
+    #[test]
+    fn numbers_no_float_holds_are_refused() {
+        check_refused::<f64>(&text("1e400"), (None, Some(4)));
+        check_decode("1e-400", 0.0);
+        assert_eq!(text(r#"{"a":1e400,"b":2}"#).property("a").unwrap().unwrap().bytes(), "1e400");
+    }
+
+    #[test]
+    fn floats_are_read_to_the_last_bit() {
+        for bits in [0x5b5b_5b5b_5b5b_5b5b_u64, 0x0000_0000_0000_0001, 0x7fef_ffff_ffff_ffff] {
+            let value = f64::from_bits(bits);
+            let payload = Payload::encode(Format::Json, &value).unwrap();
+            assert_eq!(payload.decode::<f64>().unwrap().to_bits(), bits, "{payload:?}");
+            assert_eq!(payload.transcode(Format::MessagePack).unwrap().decode::<f64>().unwrap(), value);
+        }
+    }
+
+    #[test]
+    fn of_duplicate_members_maps_take_the_last_and_structs_refuse() {
+        #[derive(Debug, Deserialize)]
+        #[allow(dead_code)]
+        struct One {
+            a: u8,
+        }
+        check_decode(r#"{"a":1,"a":2}"#, BTreeMap::from([("a".to_owned(), 2)]));
+        assert!(text(r#"{"a":1,"a":2}"#).decode::<One>().is_err());
+    }
+
+    #[test]
+    fn errors_name_the_place() {
+        #[derive(Debug, Deserialize)]
+        #[allow(dead_code)]
+        struct User {
+            tags: Vec<u8>,
+        }
+        check_refused::<User>(&text(r#"{"tags":[1,"x"]}"#), (Some("tags[1]"), Some(13)));
+        check_refused::<User>(&text(r#"{"tags":[1,2"#), (None, Some(11)));
+        check_refused::<User>(&text("{\n\"tags\":\n{}}"), (Some("tags"), Some(10)));
+        check_refused::<u8>(&text("\"x\""), (None, Some(2)));
+        let packed = Payload::encode(Format::MessagePack, &json!({"tags": [1, "x"]})).unwrap();
+        assert!(packed.decode::<User>().is_err());
+        let mut trailing = Payload::encode(Format::MessagePack, &1).unwrap().into_bytes().to_vec();
+        trailing.push(1);
+        check_refused::<u8>(&Payload::new(Format::MessagePack, trailing.into()), (None, Some(1)));
+    }
+
+    #[test]
+    fn nesting_beyond_the_decoder_is_an_error() {
+        let deep = "[".repeat(100_000) + &"]".repeat(100_000);
+        assert!(text(&deep).to_value().is_err());
+        assert_eq!(text(&deep).property("x").unwrap(), None);
+        assert!(text(&deep).transcode(Format::MessagePack).is_err());
+        let packed = [vec![0x91; 100_000], vec![0xc0]].concat();
+        let packed = Payload::new(Format::MessagePack, packed.into());
+        assert!(packed.decode::<serde::de::IgnoredAny>().is_err());
+        assert!(packed.transcode(Format::Json).is_err());
+    }
+
+    #[test]
+    fn properties_share_the_bytes() {
+        for format in [Format::Json, Format::MessagePack] {
+            let whole = Payload::encode(format, &json!({"a": {"b": [1, "x"]}, "c": null})).unwrap();
+            let a = whole.property("a").unwrap().unwrap();
+            assert_eq!(a.to_value().unwrap(), json!({"b": [1, "x"]}));
+            let place = |payload: &Payload| payload.bytes().as_ptr() as usize;
+            assert!((place(&whole)..place(&whole) + whole.bytes().len()).contains(&place(&a)));
+            assert!(whole.property("c").unwrap().unwrap().is_null());
+            assert_eq!(whole.property("d").unwrap(), None);
+            assert_eq!(a.property("b").unwrap().unwrap().property("0").unwrap(), None);
+        }
+        assert_eq!(text(r#"{"a":1,"a":2}"#).property("a").unwrap(), Some(text("2")));
+        assert_eq!(text("{\"a\":1,x}").property("a").unwrap_err().offset(), Some(7));
+    }
+
+    #[test]
+    fn null_is_null_in_every_format() {
+        for format in [Format::Json, Format::MessagePack] {
+            assert!(Payload::null(format).is_null());
+            assert_eq!(Payload::null(format), Payload::encode(format, &()).unwrap());
+            assert_eq!(Payload::null(format).decode::<Option<u8>>().unwrap(), None);
+        }
+    }
+
+    #[test]
+    fn transcoding_keeps_values_and_the_order_of_members() {
+        let json = text(r#"{"z":1,"a":[1.5,-7,"é",null,true,18446744073709551615],"m":{}}"#);
+        let packed = json.transcode(Format::MessagePack).unwrap();
+        assert_eq!(packed.to_value().unwrap(), json.to_value().unwrap());
+        assert_eq!(packed.transcode(Format::Json).unwrap(), json);
+        assert_eq!(
+            text(r#""\ud83d""#).transcode(Format::MessagePack).unwrap().decode::<String>().unwrap(),
+            "\u{fffd}"
+        );
+    }
+
+    #[test]
+    fn what_only_messagepack_has_is_rewritten_or_refused() {
+        let transcode = |bytes: &[u8]| {
+            let payload = Payload::new(Format::MessagePack, Bytes::copy_from_slice(bytes));
+            payload.transcode(Format::Json).map(|it| String::from_utf8(it.into_bytes().to_vec()).unwrap())
+        };
+        assert_eq!(transcode(&[0xc4, 2, 1, 255]).unwrap(), "[1,255]");
+        assert_eq!(transcode(&[0x81, 5, 0xc0]).unwrap(), r#"{"5":null}"#);
+        assert_eq!(transcode(&[0xcb, 0x7f, 0xf8, 0, 0, 0, 0, 0, 0]).unwrap(), "null");
+        assert_eq!(transcode(&[0xca, 0x3d, 0xcc, 0xcc, 0xcd]).unwrap(), "0.10000000149011612");
+        assert!(transcode(&[0xd4, 1, 2]).is_err(), "an extension");
+        assert!(transcode(&[0x81, 0x90, 0xc0]).is_err(), "an array as key");
+        assert_eq!(transcode(&[0xa2, 0xff, 0xff]).unwrap(), "[255,255]", "a string that is not utf-8");
+        assert!(transcode(&[0xc0, 0xc0]).is_err(), "two values");
+    }
+
+    #[test]
+    fn debug_shows_the_start() {
+        assert_eq!(format!("{:?}", text("[1]")), "Payload([1])");
+        assert_eq!(format!("{:?}", Payload::null(Format::MessagePack)), "Payload(0xc0)");
+        let long = format!("{:?}", text(&"7".repeat(1000)));
+        assert!(long.len() < 300 && long.ends_with("… 1000 bytes)"), "{long}");
     }
 }

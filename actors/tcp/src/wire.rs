@@ -224,7 +224,7 @@ fn plain_length(prefix: &[u8], limits: &FrameLimits) -> Option<usize> {
 /// What JavaScript's `parseInt(prefix, 10)` gives, without what it would refuse later.
 #[cold]
 fn sloppy_length(prefix: &[u8], limits: &FrameLimits) -> Result<usize, FrameError> {
-    let text = String::from_utf8_lossy(prefix);
+    let text = String::from_utf8_lossy(&prefix[..prefix.len().min(limits.max_prefix_bytes)]);
     let corrupt = || FrameError::CorruptLength { prefix: text.chars().take(64).collect() };
     if prefix.len() > limits.max_prefix_bytes {
         return Err(corrupt());

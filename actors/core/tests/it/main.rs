@@ -3,4 +3,5 @@
 //! Integration tests of `martlet-core`.
 #![allow(clippy::unwrap_used)]
 
+mod packets;
 mod patterns;

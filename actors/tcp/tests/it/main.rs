@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Integration tests of `martlet-tcp`.
+#![allow(clippy::unwrap_used)]
+
+mod frames;
