@@ -60,10 +60,9 @@ async fn run_local(plan: Plan, warmup: Duration, window: Rc<Window>) -> Result<R
     })
 }
 
-/// Digits of a slot number within an id, and of the running number behind it.
+/// An id has NestJS's 21 digits: the slot's number, the connection's and the running one.
 const SLOT_DIGITS: usize = 5;
-const TURN_DIGITS: usize = 16;
-const ID_DIGITS: usize = SLOT_DIGITS + TURN_DIGITS;
+const ID_DIGITS: usize = SLOT_DIGITS + 8 + 8;
 
 /// One request in flight.
 struct Slot {
@@ -235,4 +234,70 @@ impl Connection {
 fn slot_in(id: &[u8]) -> Option<usize> {
     let digits = std::str::from_utf8(id.get(..SLOT_DIGITS)?).ok()?;
     usize::from_str_radix(digits, 16).ok()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::service::Service;
+    use crate::window::Length;
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::TcpListener;
+
+    /// Loads a server that passes every reply through `change`, which gets the reply's number too.
+    async fn check(change: fn(usize, String) -> String) -> Result<Report> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(async move {
+            let service = Service::new(10);
+            let (mut stream, _) = listener.accept().await?;
+            let mut input = Vec::new();
+            let mut replies = 0;
+            while stream.read_buf(&mut input).await? > 0 {
+                let mut rest = input.as_slice();
+                while let Some(packet) = frame::next(&mut rest)? {
+                    let (mut reply, mut output) = (Vec::new(), Vec::new());
+                    service.answer(packet, &mut reply)?;
+                    replies += 1;
+                    for reply in change(replies, String::from_utf8(reply)?).lines() {
+                        frame::push(&mut output, reply.as_bytes());
+                    }
+                    stream.write_all(&output).await?;
+                }
+                let used = input.len() - rest.len();
+                input.drain(..used);
+            }
+            Result::Ok(())
+        });
+        let plan = Plan { address, connections: 1, depth: 3, spread: Some(10) };
+        let report = run(plan, Duration::ZERO, Window::new(None, Length::Count(50))).await;
+        server.abort();
+        report
+    }
+
+    #[tokio::test]
+    async fn replies_are_accepted_in_any_spelling() {
+        assert_eq!(check(|_, reply| reply).await.unwrap().requests, 50);
+        let respell = |_, reply: String| {
+            let Reply { response, id, .. } = serde_json::from_str(&reply).unwrap();
+            format!(r#"{{ "id":"{id}", "isDisposed":true, "response":{} }}"#, response.unwrap())
+        };
+        assert_eq!(check(respell).await.unwrap().requests, 50);
+    }
+
+    #[tokio::test]
+    async fn a_wrong_reply_ends_the_run() {
+        let wrong: [fn(usize, String) -> String; 4] = [
+            |number, reply| if number == 20 { reply.replace("response\":", "response\":1") } else { reply },
+            |number, reply| if number == 20 { reply.replace("true", "false") } else { reply },
+            |number, reply| {
+                if number == 20 { reply.replace("\"id\":\"0", "\"id\":\"1") } else { reply }
+            },
+            |number, reply| if number == 20 { format!("{reply}\n{reply}") } else { reply },
+        ];
+        for change in wrong {
+            assert!(check(change).await.is_err());
+        }
+    }
 }
