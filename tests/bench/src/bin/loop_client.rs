@@ -11,7 +11,7 @@ use std::time::Instant;
 use clap::Parser;
 use martlet_bench::options::Measure;
 use martlet_bench::report::Report;
-use martlet_bench::service::{Calls, Reply};
+use martlet_bench::service::{self, Calls, Reply};
 use martlet_bench::window::Window;
 use martlet_bench::{Result, frame, process};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -79,7 +79,7 @@ async fn call(mut stream: TcpStream, depth: usize, window: Rc<Window>) -> Result
         let now = Instant::now();
         let mut rest = input.as_slice();
         while let Some(body) = frame::next(&mut rest)? {
-            let reply: Reply<'_> = serde_json::from_slice(body)?;
+            let reply: Reply<'_> = service::parse(body)?;
             window.count(now - calls.end(&reply)?)?;
             if window.is_sending() {
                 frame::push(&mut output, calls.begin(now)?.packet);

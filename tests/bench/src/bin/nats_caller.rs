@@ -9,7 +9,7 @@ use clap::Parser;
 use futures::StreamExt;
 use martlet_bench::options::Measure;
 use martlet_bench::report::Report;
-use martlet_bench::service::{Calls, Reply, SUM};
+use martlet_bench::service::{self, Calls, Reply, SUM};
 use martlet_bench::window::Window;
 use martlet_bench::{Result, process};
 
@@ -51,7 +51,7 @@ async fn call(url: &str, depth: usize, window: &Window) -> Result<()> {
     }
     while !calls.is_empty() {
         let message = replies.next().await.ok_or("the subscription ended")?;
-        let reply: Reply<'_> = serde_json::from_slice(&message.payload)?;
+        let reply: Reply<'_> = service::parse(&message.payload)?;
         let key = message.subject.rsplit('.').next().unwrap_or_default();
         if reply.id.split('.').next() != Some(key) {
             return Err(format!("a reply to {key} has id {}", reply.id).into());
