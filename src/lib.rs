@@ -1,1 +1,19 @@
-//! martlet
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Martlet: a microservice runtime on actix that speaks NestJS's wire protocols.
+
+pub use martlet_core::*;
+
+#[cfg(feature = "macros")]
+pub use martlet_macros::*;
+
+/// NestJS's TCP transporter.
+#[cfg(feature = "tcp")]
+pub mod tcp {
+    pub use martlet_tcp::*;
+}
+
+/// NestJS's NATS transporter.
+#[cfg(feature = "nats")]
+pub mod nats {
+    pub use martlet_nats::*;
+}

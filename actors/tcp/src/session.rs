@@ -1,0 +1,546 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One TCP connection: bytes to packets and back.
+//!
+//! The halves share their socket without locks: one task drives both. Between Martlet peers a connection
+//! carries two more packets, neither of which a NestJS peer ever sees:
+//!
+//! * a client marks its first request with the metadata key `martlet-peer`; a Martlet server answers with
+//!   `{"isDisposed":true,"status":"martlet","id":"martlet"}`;
+//! * a client that has seen it may send the event `martlet.cancel` with the id of a request.
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use martlet_core::codec::{Codec, CodecError};
+use martlet_core::packet::{OutgoingPacket, PatternText, ResponseBody};
+use martlet_core::request::PEER_KEY;
+use martlet_core::transport::{
+    ContextData, Delivery, Inbound, Outbound, OutboundMessage, PatternKey, Role, Session, SessionReader,
+    SessionWriter, WriteError,
+};
+use martlet_core::{Format, Payload, Route, SessionError};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep};
+use tokio_rustls::TlsStream;
+
+use crate::options::TcpProtocol;
+use crate::wire::{FrameError, FrameLimits, FrameState, Framing, encode_with};
+
+/// The pattern of the event that cancels a request.
+const CANCEL: &str = "martlet.cancel";
+/// The id and status of the packet by which a Martlet server shows itself.
+const HELLO: &str = "martlet";
+
+/// The first read of a connection, and what an idle one keeps.
+const SMALL_READ: usize = 4 * 1024;
+/// The largest read.
+const LARGE_READ: usize = 64 * 1024;
+
+/// A handler's view of the connection that its request came by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TcpContext {
+    /// The peer's address.
+    pub remote_addr: SocketAddr,
+    /// The address it connected to.
+    pub local_addr: SocketAddr,
+    /// Whether the connection is encrypted.
+    pub tls: bool,
+}
+
+/// A socket, encrypted or not.
+pub(crate) enum Io {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Io {
+    fn socket(&self) -> &TcpStream {
+        match self {
+            Self::Plain(socket) => socket,
+            Self::Tls(stream) => stream.get_ref().0,
+        }
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Plain(socket) => Pin::new(socket).poll_read(cx, buf),
+            Self::Tls(stream) => Pin::new(stream.as_mut()).poll_read(cx, buf),
+        }
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Plain(socket) => Pin::new(socket).poll_write(cx, bytes),
+            Self::Tls(stream) => Pin::new(stream.as_mut()).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            // A socket has no buffer of ours.
+            Self::Plain(_) => Poll::Ready(Ok(())),
+            Self::Tls(stream) => Pin::new(stream.as_mut()).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Plain(socket) => Pin::new(socket).poll_shutdown(cx),
+            Self::Tls(stream) => Pin::new(stream.as_mut()).poll_shutdown(cx),
+        }
+    }
+}
+
+/// Bounds of one connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TcpLimits {
+    pub(crate) frame: FrameLimits,
+    pub(crate) incomplete_message_timeout: Duration,
+    pub(crate) max_send_buffer_size: usize,
+}
+
+/// A live TCP connection.
+pub struct TcpSession {
+    io: Rc<RefCell<Io>>,
+    role: Role,
+    protocol: TcpProtocol,
+    limits: TcpLimits,
+    context: Arc<TcpContext>,
+}
+
+impl std::fmt::Debug for TcpSession {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TcpSession").field("context", &self.context).field("role", &self.role).finish()
+    }
+}
+
+/// What the halves tell each other.
+#[derive(Debug, Default)]
+struct Extensions {
+    /// Server: the peer speaks Martlet's extensions and has not been answered yet.
+    greet: Cell<bool>,
+    greeted: Cell<bool>,
+    /// Client: the peer understands cancellation.
+    peer_cancels: Cell<bool>,
+}
+
+impl TcpSession {
+    pub(crate) fn new(
+        io: Io,
+        role: Role,
+        protocol: TcpProtocol,
+        limits: TcpLimits,
+    ) -> Result<Self, SessionError> {
+        let socket = io.socket();
+        let context = TcpContext {
+            remote_addr: socket.peer_addr()?,
+            local_addr: socket.local_addr()?,
+            tls: matches!(io, Io::Tls(_)),
+        };
+        Ok(Self { io: Rc::new(RefCell::new(io)), role, protocol, limits, context: Arc::new(context) })
+    }
+}
+
+impl Session for TcpSession {
+    type ReplyTo = ();
+    type Reader = TcpReader;
+    type Writer = TcpWriter;
+
+    fn peer(&self) -> Arc<str> {
+        Arc::from(self.context.remote_addr.to_string())
+    }
+
+    fn native(&self) -> Option<ContextData> {
+        Some(Arc::clone(&self.context) as ContextData)
+    }
+
+    fn split(self) -> (TcpReader, TcpWriter) {
+        let extensions = Rc::new(Extensions::default());
+        let reader = TcpReader {
+            io: Rc::clone(&self.io),
+            role: self.role,
+            codec: Arc::clone(&self.protocol.codec),
+            framing: Arc::clone(&self.protocol.framing),
+            limits: self.limits,
+            context: self.context,
+            extensions: Rc::clone(&extensions),
+            buf: BytesMut::new(),
+            frame: FrameState::default(),
+            chunk: SMALL_READ,
+            silence: None,
+            ended: false,
+            draining: false,
+        };
+        let writer = TcpWriter {
+            io: self.io,
+            codec: self.protocol.codec,
+            framing: self.protocol.framing,
+            max_send_buffer_size: self.limits.max_send_buffer_size,
+            extensions,
+            out: BytesMut::new(),
+            announced: self.role == Role::Server,
+        };
+        (reader, writer)
+    }
+}
+
+// === the half that reads ===
+
+/// The reading half of a [`TcpSession`].
+pub struct TcpReader {
+    io: Rc<RefCell<Io>>,
+    role: Role,
+    codec: Arc<dyn Codec>,
+    framing: Arc<dyn Framing>,
+    limits: TcpLimits,
+    context: Arc<TcpContext>,
+    extensions: Rc<Extensions>,
+    buf: BytesMut,
+    frame: FrameState,
+    /// How much the next read may take.
+    chunk: usize,
+    /// Runs while a frame is incomplete.
+    silence: Option<Pin<Box<Sleep>>>,
+    ended: bool,
+    draining: bool,
+}
+
+impl std::fmt::Debug for TcpReader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TcpReader").field("context", &self.context).finish_non_exhaustive()
+    }
+}
+
+impl SessionReader<()> for TcpReader {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Inbound<()>, SessionError>>> {
+        loop {
+            if self.ended {
+                return Poll::Ready(None);
+            }
+            if !self.buf.is_empty() {
+                match self.framing.decode(&mut self.buf, &mut self.frame, &self.limits.frame) {
+                    Ok(Some(frame)) => match self.packet(frame) {
+                        Ok(Some(item)) => return Poll::Ready(Some(Ok(item))),
+                        Ok(None) => continue,
+                        Err(error) => return self.fault(error.to_string()),
+                    },
+                    Ok(None) => {}
+                    Err(error) => return self.fault(self.frame_fault(&error)),
+                }
+            }
+            match self.fill(cx) {
+                Poll::Ready(Ok(true)) => {}
+                // The peer closed. A part of a frame cannot be completed any more.
+                Poll::Ready(Ok(false)) => self.ended = true,
+                Poll::Ready(Err(error)) => {
+                    self.ended = true;
+                    return Poll::Ready(Some(Err(SessionError::from(error))));
+                }
+                Poll::Pending if self.draining => self.ended = true,
+                Poll::Pending => return self.wait(cx),
+            }
+        }
+    }
+
+    fn drain(&mut self) {
+        self.draining = true;
+    }
+
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut discard = [0; 4096];
+        loop {
+            let mut read = ReadBuf::new(&mut discard);
+            match ready!(self.io.borrow_mut().poll_read(cx, &mut read)) {
+                Ok(()) if !read.filled().is_empty() => {}
+                _ => return Poll::Ready(()),
+            }
+        }
+    }
+}
+
+impl TcpReader {
+    /// Reads once; `false` at the end of the stream.
+    fn fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        self.buf.reserve(self.chunk);
+        let mut io = self.io.borrow_mut();
+        let read = match &mut *io {
+            // Straight into spare capacity, without clearing it first.
+            Io::Plain(socket) => ready!(tokio_util_read(socket, cx, &mut self.buf)),
+            Io::Tls(stream) => ready!(tokio_util_read(stream.as_mut(), cx, &mut self.buf)),
+        }?;
+        if read == 0 {
+            return Poll::Ready(Ok(false));
+        }
+        if read >= self.chunk {
+            self.chunk = (self.chunk * 2).min(LARGE_READ);
+        }
+        if self.silence.is_some() {
+            // NestJS's timer restarts with every read.
+            self.silence = None;
+        }
+        Poll::Ready(Ok(true))
+    }
+
+    /// Nothing to read now: watches an incomplete frame, frees what an idle connection does not need.
+    fn wait(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Inbound<()>, SessionError>>> {
+        if !self.framing.has_partial(&self.buf) {
+            self.silence = None;
+            if self.buf.is_empty() && self.chunk > SMALL_READ {
+                self.chunk = SMALL_READ;
+                self.buf = BytesMut::new();
+            }
+            return Poll::Pending;
+        }
+        let limit = self.limits.incomplete_message_timeout;
+        if limit.is_zero() {
+            return Poll::Pending;
+        }
+        let silence =
+            self.silence.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + limit)));
+        ready!(silence.as_mut().poll(cx));
+        self.ended = true;
+        let reason = format!("incompleteMessageTimeout: the peer was silent for {limit:?} inside a frame");
+        Poll::Ready(Some(Err(SessionError::protocol(reason))))
+    }
+
+    fn frame_fault(&self, error: &FrameError) -> String {
+        match self.role {
+            Role::Server => format!("{} ({error})", error.server_text()),
+            Role::Client => format!("{} ({error})", error.client_text()),
+        }
+    }
+
+    /// What cannot be read ends the intake. A server still answers what it owes; a client's connection is
+    /// of no use any more.
+    fn fault(&mut self, reason: String) -> Poll<Option<Result<Inbound<()>, SessionError>>> {
+        self.ended = true;
+        self.buf = BytesMut::new();
+        Poll::Ready(Some(match self.role {
+            Role::Server => Ok(Inbound::Bad { reason }),
+            Role::Client => Err(SessionError::protocol(reason)),
+        }))
+    }
+
+    /// Reads one packet; `None` for one that is between Martlet peers alone.
+    fn packet(&mut self, frame: Bytes) -> Result<Option<Inbound<()>>, CodecError> {
+        match self.role {
+            Role::Server => self.request(&frame).map(Some),
+            Role::Client => {
+                let packet = self.codec.decode_response(&frame)?;
+                if packet.status.is_some() && packet.id.as_deref().is_some_and(|id| is_text(id, HELLO)) {
+                    self.extensions.peer_cancels.set(true);
+                    return Ok(None);
+                }
+                Ok(Some(Inbound::Response(packet)))
+            }
+        }
+    }
+
+    fn request(&mut self, frame: &Bytes) -> Result<Inbound<()>, CodecError> {
+        let packet = self.codec.decode_request(frame)?;
+        let pattern = packet.pattern.unwrap_or_default();
+        if packet.id.is_none()
+            && is_text(&pattern, CANCEL)
+            && let Some(id) = packet.data
+        {
+            return Ok(Inbound::Cancel { id: id.into_bytes() });
+        }
+        if let Some(metadata) = &packet.metadata
+            && !self.extensions.greeted.get()
+            && memchr::memmem::find(metadata.bytes(), PEER_KEY.as_bytes()).is_some()
+        {
+            self.extensions.greeted.set(true);
+            self.extensions.greet.set(true);
+        }
+        let request = packet.id.is_some();
+        let delivery = Delivery {
+            key: PatternKey::Raw(pattern),
+            data: packet.data,
+            metadata: packet.metadata,
+            id: packet.id,
+            reply_to: (),
+            context: Arc::clone(&self.context) as ContextData,
+        };
+        Ok(if request { Inbound::Request(delivery) } else { Inbound::Event(delivery) })
+    }
+}
+
+/// Reads into a buffer's spare capacity.
+fn tokio_util_read(
+    io: &mut (impl AsyncRead + Unpin),
+    cx: &mut Context<'_>,
+    buf: &mut BytesMut,
+) -> Poll<io::Result<usize>> {
+    let future = tokio::io::AsyncReadExt::read_buf(io, buf);
+    tokio::pin!(future);
+    future.poll(cx)
+}
+
+/// Whether a raw value (JSON or MessagePack) is this short text.
+fn is_text(raw: &[u8], text: &str) -> bool {
+    match raw {
+        [b'"', inner @ .., b'"'] => inner == text.as_bytes(),
+        [first, inner @ ..] => usize::from(first ^ 0xa0) == text.len() && inner == text.as_bytes(),
+        [] => false,
+    }
+}
+
+/// A short text as a raw value.
+fn raw_text(format: Format, text: &str) -> Bytes {
+    match Payload::encode(format, text) {
+        Ok(payload) => payload.into_bytes(),
+        // A text always encodes.
+        Err(_) => Bytes::new(),
+    }
+}
+
+// === the half that writes ===
+
+/// The writing half of a [`TcpSession`].
+pub struct TcpWriter {
+    io: Rc<RefCell<Io>>,
+    codec: Arc<dyn Codec>,
+    framing: Arc<dyn Framing>,
+    max_send_buffer_size: usize,
+    extensions: Rc<Extensions>,
+    out: BytesMut,
+    /// Client: whether the server has been told that it may show itself.
+    announced: bool,
+}
+
+impl std::fmt::Debug for TcpWriter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TcpWriter").field("pending_bytes", &self.out.len()).finish_non_exhaustive()
+    }
+}
+
+/// Either half of what can go wrong with one packet.
+#[derive(Debug, thiserror::Error)]
+enum EncodePacketError {
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+}
+
+impl TcpWriter {
+    fn frame(
+        &mut self,
+        hint: usize,
+        write: impl FnOnce(&dyn Codec, &mut BytesMut) -> Result<(), CodecError>,
+    ) -> Result<(), WriteError> {
+        let (codec, framing) = (&*self.codec, &*self.framing);
+        encode_with(framing, &mut self.out, hint, |out| write(codec, out).map_err(EncodePacketError::from))
+            .map_err(|error| WriteError::Item(Arc::new(error)))
+    }
+
+    fn message(&mut self, mut message: OutboundMessage) -> Result<(), WriteError> {
+        if !self.announced && message.id.is_some() {
+            self.announced = true;
+            message.metadata.insert(PEER_KEY, "1");
+        }
+        let hint = message.data.bytes().len() + message.pattern.text().len() + 64;
+        self.frame(hint, |codec, out| {
+            codec.encode_request(
+                &OutgoingPacket {
+                    // TCP events carry the route, requests the pattern as given.
+                    pattern: match &message.id {
+                        Some(_) => PatternText::Given(&message.pattern),
+                        None => PatternText::Route(message.pattern.route()),
+                    },
+                    data: Some(&message.data),
+                    id: message.id.as_ref().map(|id| id.as_str()),
+                    metadata: (!message.metadata.is_empty()).then_some(&message.metadata),
+                },
+                out,
+            )
+        })
+    }
+
+    fn cancel(&mut self, id: &str) -> Result<(), WriteError> {
+        let data = Payload::new(self.codec.format(), raw_text(self.codec.format(), id));
+        let route = Route::from(CANCEL.to_owned());
+        self.frame(64, |codec, out| {
+            let pattern = PatternText::Route(&route);
+            codec
+                .encode_request(&OutgoingPacket { pattern, data: Some(&data), id: None, metadata: None }, out)
+        })
+    }
+
+    fn greet(&mut self) -> Result<(), WriteError> {
+        let id = raw_text(self.codec.format(), HELLO);
+        self.frame(64, |codec, out| {
+            codec.encode_response(Some(&id), &ResponseBody::Last(None), Some(HELLO), out)
+        })
+    }
+}
+
+impl SessionWriter<()> for TcpWriter {
+    fn write(&mut self, item: Outbound<()>) -> Result<(), WriteError> {
+        match item {
+            Outbound::Response { id, body, .. } => {
+                let hint = match &body {
+                    ResponseBody::Item(payload)
+                    | ResponseBody::Error(payload)
+                    | ResponseBody::Last(Some(payload)) => payload.bytes().len() + id.len() + 48,
+                    _ => id.len() + 128,
+                };
+                self.frame(hint, |codec, out| codec.encode_response(Some(&id), &body, None, out))?;
+            }
+            Outbound::Request(message) | Outbound::Event(message) => self.message(message)?,
+            Outbound::Cancel { id, .. } if self.extensions.peer_cancels.get() => self.cancel(id.as_str())?,
+            // A connection needs no subscriptions; a NestJS peer is told nothing it does not know.
+            _ => {}
+        }
+        if self.max_send_buffer_size > 0 && self.out.len() > self.max_send_buffer_size {
+            return Err(WriteError::Session(SessionError::protocol(format!(
+                "maxSendBufferSize: {} bytes wait for a peer that does not read, the limit is {}",
+                self.out.len(),
+                self.max_send_buffer_size
+            ))));
+        }
+        Ok(())
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {
+        if self.extensions.greet.replace(false)
+            && let Err(WriteError::Session(error)) = self.greet()
+        {
+            return Poll::Ready(Err(error));
+        }
+        if self.out.is_empty() {
+            return Poll::Ready(Ok(()));
+        }
+        let mut io = self.io.borrow_mut();
+        while !self.out.is_empty() {
+            let written = ready!(io.poll_write(cx, &self.out))?;
+            if written == 0 {
+                return Poll::Ready(Err(SessionError::lost("the connection takes no more bytes")));
+            }
+            self.out.advance(written);
+        }
+        if self.out.capacity() > LARGE_READ {
+            self.out = BytesMut::new();
+        }
+        io.poll_flush(cx).map_err(SessionError::from)
+    }
+
+    fn pending_bytes(&self) -> usize {
+        self.out.len()
+    }
+
+    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {
+        ready!(self.poll_flush(cx))?;
+        self.io.borrow_mut().poll_shutdown(cx).map_err(SessionError::from)
+    }
+}
