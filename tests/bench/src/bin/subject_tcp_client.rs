@@ -7,10 +7,10 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use clap::Parser;
+use martlet_bench::Result;
 use martlet_bench::options::Measure;
 use martlet_bench::report::Report;
 use martlet_bench::window::Window;
-use martlet_bench::Result;
 use martlet_core::{ClientProxy, Pattern};
 use martlet_tcp::TcpClient;
 use tokio::task::JoinSet;
