@@ -3,5 +3,6 @@
 //! Integration tests of `martlet-core`.
 #![allow(clippy::unwrap_used)]
 
+mod memory;
 mod packets;
 mod patterns;
