@@ -450,8 +450,12 @@ impl<S: Session> Loop<S> {
         }
         self.take_route_changes(cx)?;
         self.write_finished()?;
-        self.write_calls()?;
+        let more = self.write_calls()?;
         let flushed = self.flush(cx)?;
+        if more && flushed {
+            // There is room again, and nobody else would say so.
+            cx.waker().wake_by_ref();
+        }
         if self.reading && self.read(cx)?.is_ready() && !self.draining {
             // The peer closed its side: nothing can be asked any more, what was asked is answered.
             self.draining = true;
@@ -529,18 +533,19 @@ impl<S: Session> Loop<S> {
         Ok(())
     }
 
-    fn write_calls(&mut self) -> Result<(), SessionError> {
-        let Some(client) = &self.env.client else { return Ok(()) };
+    /// Writes queued calls; `true` when it stopped for want of room.
+    fn write_calls(&mut self) -> Result<bool, SessionError> {
+        let Some(client) = &self.env.client else { return Ok(false) };
         let client = Arc::clone(client);
         while self.writer.pending_bytes() < self.env.limits.high_water_bytes {
-            let Some((key, item)) = client.next_outbound() else { break };
+            let Some((key, item)) = client.next_outbound() else { return Ok(false) };
             match self.writer.write(item) {
                 Ok(()) => client.written(key),
                 Err(WriteError::Item(reason)) => client.refused(key, reason),
                 Err(WriteError::Session(error)) => return Err(error),
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn write(&mut self, item: Outbound<S::ReplyTo>) -> Result<(), SessionError> {
