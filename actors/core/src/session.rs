@@ -302,6 +302,8 @@ struct Loop<S: Session> {
     reported_full: bool,
     handed_back: u64,
     batch: Vec<Outbound<S::ReplyTo>>,
+    /// Abandoned: until when closing may take.
+    close_by: Option<Pin<Box<tokio::time::Sleep>>>,
 }
 
 /// Runs a session to its end.
@@ -344,6 +346,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         reported_full: false,
         handed_back: 0,
         batch: Vec::new(),
+        close_by: None,
         env,
     };
     // A guard, so that a dropped task ends its requests, too.
@@ -448,6 +451,10 @@ impl<S: Session> Loop<S> {
                 self.reader.drain();
             }
         }
+        if self.env.control.abandon.load(Ordering::Acquire) {
+            // What was not read by now is not taken: a session at one of its bounds must end, too.
+            self.reading = false;
+        }
         self.take_route_changes(cx)?;
         self.write_finished()?;
         let more = self.write_calls()?;
@@ -472,6 +479,14 @@ impl<S: Session> Loop<S> {
         let calls_done = self.env.client.as_ref().is_none_or(|client| client.is_idle());
         if abandon && self.env.transport.settles {
             self.hand_back()?;
+        }
+        if abandon {
+            // A peer that does not read is not waited for much longer.
+            let linger = self.env.limits.linger;
+            let close_by = self.close_by.get_or_insert_with(|| Box::pin(tokio::time::sleep(linger)));
+            if close_by.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
         }
         let idle = self.shared.in_flight() == 0 && calls_done;
         if (idle || abandon) && self.shared.inner.lock().out.is_empty() && (flushed || abandon) {
