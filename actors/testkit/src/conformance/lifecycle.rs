@@ -160,7 +160,7 @@ pub async fn a_stop_ends_a_full_service<H: Harness>(harness: H) {
     });
     let stage =
         Stage::with(harness, small().handlers(group), |server| server.max_in_flight = 2, |_| {}).await;
-    let limit = Duration::from_secs(4);
+    let limit = Duration::from_millis(1500);
     let calls = futures::future::join_all(
         (0..6).map(|_| stage.client.send::<u64>(names.of("stuck"), 1).timeout(limit)),
     );
