@@ -242,7 +242,12 @@ impl ServerState {
         let mut report = self.report.lock();
         report.done += exit.answered;
         report.handed_back += exit.handed_back;
-        report.abandoned.extend(exit.abandoned);
+        if exit.cause.is_some() {
+            // Their callers went first. Counted only: over a long life the list would grow without end.
+            report.lost += exit.abandoned.len() as u64;
+        } else {
+            report.abandoned.extend(exit.abandoned);
+        }
     }
 
     fn session_env(
@@ -276,7 +281,10 @@ pub struct ServerReport {
     pub done: u64,
     /// Requests and events that were given back to the broker for another consumer.
     pub handed_back: u64,
-    /// Requests and events that were not, and why.
+    /// Requests and events whose connection was lost before they were finished. (A broker that settles
+    /// gives them to another consumer.)
+    pub lost: u64,
+    /// Requests and events that were not finished when the grace period ended.
     pub abandoned: Vec<Abandoned>,
 }
 

@@ -304,6 +304,8 @@ struct Loop<S: Session> {
     /// What this turn has read for one replica, not yet sent there.
     invokes: Option<(Arc<HandlerRef>, Vec<Invoke>)>,
     batch: Vec<Outbound<S::ReplyTo>>,
+    /// Abandoned: until when closing may take.
+    close_by: Option<Pin<Box<tokio::time::Sleep>>>,
 }
 
 /// Runs a session to its end.
@@ -348,6 +350,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         admitted: 0,
         invokes: None,
         batch: Vec::new(),
+        close_by: None,
         env,
     };
     // A guard, so that a dropped task ends its requests, too.
@@ -452,10 +455,18 @@ impl<S: Session> Loop<S> {
                 self.reader.drain();
             }
         }
+        if self.env.control.abandon.load(Ordering::Acquire) {
+            // What was not read by now is not taken: a session at one of its bounds must end, too.
+            self.reading = false;
+        }
         self.take_route_changes(cx)?;
         self.write_finished()?;
-        self.write_calls()?;
+        let more = self.write_calls()?;
         let flushed = self.flush(cx)?;
+        if more && flushed {
+            // There is room again, and nobody else would say so.
+            cx.waker().wake_by_ref();
+        }
         if self.reading && self.read(cx)?.is_ready() && !self.draining {
             // The peer closed its side: nothing can be asked any more, what was asked is answered.
             self.draining = true;
@@ -474,6 +485,14 @@ impl<S: Session> Loop<S> {
         let calls_done = self.env.client.as_ref().is_none_or(|client| client.is_idle());
         if abandon && self.env.transport.settles {
             self.hand_back()?;
+        }
+        if abandon {
+            // A peer that does not read is not waited for much longer.
+            let linger = self.env.limits.linger;
+            let close_by = self.close_by.get_or_insert_with(|| Box::pin(tokio::time::sleep(linger)));
+            if close_by.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
         }
         let idle = self.in_flight() == 0 && calls_done;
         if (idle || abandon) && self.shared.inner.lock().out.is_empty() && (flushed || abandon) {
@@ -536,18 +555,19 @@ impl<S: Session> Loop<S> {
         Ok(())
     }
 
-    fn write_calls(&mut self) -> Result<(), SessionError> {
-        let Some(client) = &self.env.client else { return Ok(()) };
+    /// Writes queued calls; `true` when it stopped for want of room.
+    fn write_calls(&mut self) -> Result<bool, SessionError> {
+        let Some(client) = &self.env.client else { return Ok(false) };
         let client = Arc::clone(client);
         while self.writer.pending_bytes() < self.env.limits.high_water_bytes {
-            let Some((key, item)) = client.next_outbound() else { break };
+            let Some((key, item)) = client.next_outbound() else { return Ok(false) };
             match self.writer.write(item) {
                 Ok(()) => client.written(key),
                 Err(WriteError::Item(reason)) => client.refused(key, reason),
                 Err(WriteError::Session(error)) => return Err(error),
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn write(&mut self, item: Outbound<S::ReplyTo>) -> Result<(), SessionError> {
