@@ -127,6 +127,16 @@ impl Microservice {
         self
     }
 
+    /// Declares several clients, a name each; see [`client`](Self::client).
+    pub fn clients<N, C>(mut self, clients: impl IntoIterator<Item = (N, C)>) -> Self
+    where
+        N: Into<String>,
+        C: Into<ClientProxy>,
+    {
+        self.app.clients.extend(clients.into_iter().map(|(name, client)| (name.into(), client.into())));
+        self
+    }
+
     /// Shares a value with every handler, by its type.
     pub fn state<T: Send + Sync + 'static>(mut self, value: T) -> Self {
         self.app.state.insert(value);
