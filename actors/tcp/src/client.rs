@@ -71,9 +71,11 @@ impl Dial for TcpClient {
                 SessionError::from(error)
             }
         })?;
+        // TCP-20.
         socket.set_nodelay(true)?;
         let io = match tls {
             None => Io::Plain(socket),
+            // TCP-22.
             Some((config, tls)) => {
                 let name = tls.server_name(&options.host)?;
                 let stream =

@@ -240,12 +240,13 @@ impl SessionReader<()> for TcpReader {
             }
             match self.fill(cx) {
                 Poll::Ready(Ok(true)) => {}
-                // The peer closed. A part of a frame cannot be completed any more.
+                // TCP-18: the peer closed. A part of a frame cannot be completed any more.
                 Poll::Ready(Ok(false)) => self.ended = true,
                 Poll::Ready(Err(error)) => {
                     self.ended = true;
                     return Poll::Ready(Some(Err(SessionError::from(error))));
                 }
+                // TCP-19.
                 Poll::Pending if self.draining => self.ended = true,
                 Poll::Pending => return self.wait(cx),
             }
@@ -285,7 +286,7 @@ impl TcpReader {
             self.chunk = (self.chunk * 2).min(LARGE_READ);
         }
         if self.silence.is_some() {
-            // NestJS's timer restarts with every read.
+            // TCP-8: NestJS's timer restarts with every read.
             self.silence = None;
         }
         Poll::Ready(Ok(true))
@@ -320,7 +321,7 @@ impl TcpReader {
         }
     }
 
-    /// What cannot be read ends the intake. A server still answers what it owes; a client's connection is
+    /// TCP-5: what cannot be read ends the intake. A server still answers what it owes; a client's connection is
     /// of no use any more.
     fn fault(&mut self, reason: String) -> Poll<Option<Result<Inbound<()>, SessionError>>> {
         self.ended = true;
@@ -336,6 +337,7 @@ impl TcpReader {
         match self.role {
             Role::Server => self.request(&frame).map(Some),
             Role::Client => {
+                // TCP-17, TCP-27.
                 let packet = self.codec.decode_response(&frame)?;
                 if packet.status.is_some() && packet.id.as_deref().is_some_and(|id| is_text(id, HELLO)) {
                     self.extensions.peer_cancels.set(true);
@@ -348,11 +350,13 @@ impl TcpReader {
 
     fn request(&mut self, frame: &Bytes) -> Result<Inbound<()>, CodecError> {
         let packet = self.codec.decode_request(frame)?;
+        // TCP-13.
         let pattern = packet.pattern.unwrap_or_default();
         if packet.id.is_none()
             && is_text(&pattern, CANCEL)
             && let Some(id) = packet.data
         {
+            // TCP-28.
             return Ok(Inbound::Cancel { id: id.into_bytes() });
         }
         if let Some(metadata) = &packet.metadata
@@ -362,10 +366,13 @@ impl TcpReader {
             self.extensions.greeted.set(true);
             self.extensions.greet.set(true);
         }
+        // TCP-11.
         let request = packet.id.is_some();
         let delivery = Delivery {
+            // TCP-12.
             key: PatternKey::Raw(pattern),
             data: packet.data,
+            // TCP-24, TCP-25: read by the runtime.
             metadata: packet.metadata,
             id: packet.id,
             reply_to: (),
@@ -445,6 +452,7 @@ impl TcpWriter {
     }
 
     fn message(&mut self, mut message: OutboundMessage) -> Result<(), WriteError> {
+        // TCP-26.
         if !self.announced && message.id.is_some() {
             self.announced = true;
             message.metadata.insert(PEER_KEY, "1");
@@ -453,7 +461,7 @@ impl TcpWriter {
         self.frame(hint, |codec, out| {
             codec.encode_request(
                 &OutgoingPacket {
-                    // TCP events carry the route, requests the pattern as given.
+                    // TCP-10: events carry the route, requests the pattern as given.
                     pattern: match &message.id {
                         Some(_) => PatternText::Given(&message.pattern),
                         None => PatternText::Route(message.pattern.route()),
@@ -488,6 +496,7 @@ impl TcpWriter {
 impl SessionWriter<()> for TcpWriter {
     fn write(&mut self, item: Outbound<()>) -> Result<(), WriteError> {
         match item {
+            // TCP-14, TCP-15, TCP-16.
             Outbound::Response { id, body, .. } => {
                 let hint = match &body {
                     ResponseBody::Item(payload)
@@ -499,9 +508,10 @@ impl SessionWriter<()> for TcpWriter {
             }
             Outbound::Request(message) | Outbound::Event(message) => self.message(message)?,
             Outbound::Cancel { id, .. } if self.extensions.peer_cancels.get() => self.cancel(id.as_str())?,
-            // A connection needs no subscriptions; a NestJS peer is told nothing it does not know.
+            // TCP-23: a connection needs no subscriptions; a NestJS peer is told nothing it does not know.
             _ => {}
         }
+        // TCP-9.
         if self.max_send_buffer_size > 0 && self.out.len() > self.max_send_buffer_size {
             return Err(WriteError::Session(SessionError::protocol(format!(
                 "maxSendBufferSize: {} bytes wait for a peer that does not read, the limit is {}",
