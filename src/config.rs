@@ -195,9 +195,9 @@ fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a s
     let plain = |text: &str| text.to_lowercase().replace(['_', '-'], "");
     let wanted = plain(name);
     known
-        .map(|known| (strsim::jaro_winkler(&wanted, &plain(known)), known))
-        .filter(|(likeness, _)| *likeness > 0.75)
-        .max_by(|(one, _), (other, _)| one.total_cmp(other))
+        .map(|known| (plain(known), known))
+        .filter(|(plain, _)| strsim::jaro_winkler(&wanted, plain) > 0.75)
+        .min_by_key(|(plain, _)| strsim::osa_distance(&wanted, plain))
         .map(|(_, known)| known)
 }
 

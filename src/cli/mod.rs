@@ -111,7 +111,7 @@ impl Failure {
         match error {
             CallError::Remote(remote) => Self {
                 code: REMOTE,
-                text: "remote error".to_owned(),
+                text: "the handler answered with an error".to_owned(),
                 value: Some(String::from_utf8_lossy(remote.payload().bytes()).into_owned()),
             },
             CallError::NoHandler { .. } => {
