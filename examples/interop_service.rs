@@ -23,7 +23,7 @@ use martlet::interceptor::Next;
 use martlet::microservice::shutdown_signal;
 use martlet::prelude::*;
 use martlet::reply::{HandlerResult, IntoReply, Reply};
-use martlet::{Interceptor, TransportId};
+use martlet::{Interceptor, Request, TransportId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
