@@ -336,7 +336,7 @@ fn emit_hands_the_event_over_before_it_ends() {
         if service.events.lock().unwrap().len() == all.len() {
             break;
         }
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::park_timeout(Duration::from_millis(10));
     }
     assert_eq!(*service.events.lock().unwrap(), all);
     run(&["emit", &nobody(), "noted"]).failed(5, &["connection refused", "is the service running?"]);
