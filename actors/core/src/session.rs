@@ -577,8 +577,10 @@ impl<S: Session> Loop<S> {
         let client = Arc::clone(client);
         while self.writer.pending_bytes() < self.env.limits.high_water_bytes {
             let Some((key, item)) = client.next_outbound() else { return Ok(false) };
+            let is_event = matches!(item, Outbound::Event(_));
             match self.writer.write(item) {
-                Ok(()) => client.written(key),
+                Ok(()) if is_event => client.written(key),
+                Ok(()) => {}
                 Err(WriteError::Item(reason)) => client.refused(key, reason),
                 Err(WriteError::Session(error)) => return Err(error),
             }

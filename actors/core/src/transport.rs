@@ -14,12 +14,14 @@ use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use crate::error::SessionError;
 use crate::headers::Headers;
 use crate::packet::{Metadata, Raw, ResponseBody, ResponsePacket};
 use crate::pattern::{Pattern, Route};
 use crate::payload::{Format, Payload};
+use crate::request::TIMEOUT_KEY;
 use crate::route::HandlerKind;
 
 /// The transporter-specific context of a message, handed to extractors that know its type.
@@ -211,8 +213,22 @@ pub struct OutboundMessage {
     pub data: Payload,
     /// Packet metadata; empty means that none is sent.
     pub metadata: Metadata,
+    /// How long the caller waits, if the peer may know: see [`put_timeout`](Self::put_timeout).
+    pub timeout: Option<Duration>,
     /// Headers, where the protocol has them.
     pub headers: Headers,
+}
+
+impl OutboundMessage {
+    /// Puts the caller's timeout into the metadata. A transporter calls it where the peer is, or may be, a
+    /// Martlet service; NestJS 10, 11 and 12 ignore it.
+    pub fn put_timeout(&mut self) {
+        if let Some(timeout) = self.timeout.take()
+            && self.metadata.get(TIMEOUT_KEY).is_none()
+        {
+            self.metadata.insert(TIMEOUT_KEY, timeout.as_millis().to_string());
+        }
+    }
 }
 
 /// How a delivery ended, for transporters that acknowledge.

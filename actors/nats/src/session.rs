@@ -305,7 +305,8 @@ impl std::fmt::Debug for NatsWriter {
 }
 
 impl NatsWriter {
-    fn message(&mut self, message: &OutboundMessage, reply: Option<Subject>) -> Result<(), WireError> {
+    fn message(&mut self, message: &mut OutboundMessage, reply: Option<Subject>) -> Result<(), WireError> {
+        message.put_timeout();
         let fixed = &self.link.settings.headers;
         let headers = wire::headers_for(&message.headers, fixed, &message.metadata, self.max_header_bytes)?;
         let body = wire::encode_request(message, &mut self.buffer)?;
@@ -341,13 +342,13 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
     fn write(&mut self, item: Outbound<NatsReplyTo>) -> Result<(), WriteError> {
         let refused = |error: WireError| WriteError::Item(Arc::new(error));
         match item {
-            Outbound::Request(message) => {
+            Outbound::Request(mut message) => {
                 // Always present on requests.
                 let Some(id) = message.id else { return Ok(()) };
                 let reply = Subject::from(format!("{}{id}", self.link.inbox));
-                self.message(&message, Some(reply)).map_err(refused)
+                self.message(&mut message, Some(reply)).map_err(refused)
             }
-            Outbound::Event(message) => self.message(&message, None).map_err(refused),
+            Outbound::Event(mut message) => self.message(&mut message, None).map_err(refused),
             Outbound::Response { reply_to, id, body, headers } => {
                 if let Some((endpoint, since)) = reply_to.watched
                     && let Some(service) = &self.link.settings.service

@@ -220,8 +220,9 @@ impl MemoryWriter {
         Ok(())
     }
 
-    fn message(&mut self, message: OutboundMessage) -> Result<(), WriteError> {
-        let OutboundMessage { id, pattern, data, metadata, headers } = message;
+    fn message(&mut self, mut message: OutboundMessage) -> Result<(), WriteError> {
+        message.put_timeout();
+        let OutboundMessage { id, pattern, data, metadata, headers, .. } = message;
         // NestJS sends an event's pattern as its route.
         let text = match id {
             Some(_) => PatternText::Given(&pattern),
