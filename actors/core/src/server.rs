@@ -8,6 +8,7 @@
 //!         └─ listening: accepts peers, places each on an arbiter as a session task of its own
 //! ```
 
+use std::collections::HashSet;
 use std::fmt;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
@@ -28,6 +29,7 @@ use crate::backoff::{Backoff, BackoffOptions};
 use crate::error::{SessionError, SessionErrorKind, StartError};
 use crate::events::{EventBus, ServiceEvent};
 use crate::interceptor::{Interceptor, Interceptors};
+use crate::pattern::Route;
 use crate::registry::Registry;
 use crate::request::{AppData, Scope};
 use crate::route::RouteTable;
@@ -240,13 +242,19 @@ impl ServerState {
         }
     }
 
-    fn session_env(&self, tables: Tables, arbiter: usize, control: &Arc<SessionControl>) -> SessionEnv {
+    fn session_env(
+        &self,
+        tables: Tables,
+        subscribed: HashSet<Route>,
+        arbiter: usize,
+        control: &Arc<SessionControl>,
+    ) -> SessionEnv {
         SessionEnv {
             transport: self.info.clone(),
             events: self.env.events.clone(),
             limits: self.options.limits(),
             control: Arc::clone(control),
-            server: Some(ServerEnv { scope: Arc::clone(&self.scope), tables, arbiter }),
+            server: Some(ServerEnv { scope: Arc::clone(&self.scope), tables, arbiter, subscribed }),
             client: None,
         }
     }
@@ -502,7 +510,7 @@ async fn serve_dialled<D: Dial>(
                 subscriptions: table.iter().map(|entry| entry.subscription()).collect(),
             }
         };
-        let mut fresh = tables.clone();
+        let subscribed = plan.subscriptions.iter().map(|subscription| subscription.route.clone()).collect();
         let limit = state.options.connect_timeout;
         let dialled = tokio::select! {
             dialled = tokio::time::timeout(limit, dial.dial(plan)) => dialled,
@@ -513,9 +521,8 @@ async fn serve_dialled<D: Dial>(
         {
             Ok(session) => {
                 failures = 0;
-                // What changed while dialling is subscribed by the session.
-                fresh.mark_unchanged();
-                let exit = run_dialled(session, &state, fresh, &mut stop).await;
+                // What changed while dialling is subscribed by the session: it sees the change at once.
+                let exit = run_dialled(session, &state, (tables.clone(), subscribed), &mut stop).await;
                 let lived = exit.lived;
                 let cause = exit.cause.clone();
                 state.count(exit);
@@ -551,7 +558,7 @@ async fn serve_dialled<D: Dial>(
 async fn run_dialled<S: Session>(
     session: S,
     state: &Arc<ServerState>,
-    tables: Tables,
+    (tables, subscribed): (Tables, HashSet<Route>),
     stop: &mut watch::Receiver<Option<Instant>>,
 ) -> SessionExit {
     let control = Arc::new(SessionControl::default());
@@ -560,7 +567,7 @@ async fn run_dialled<S: Session>(
     state.child.set_state(ChildState::Running);
     state.ready(Ok(()));
     // A task of its own, so that a panic in a transporter ends this session and nothing else.
-    let env = state.session_env(tables, 0, &control);
+    let env = state.session_env(tables, subscribed, 0, &control);
     let task = AssertUnwindSafe(run_session(session, env)).catch_unwind();
     tokio::pin!(task);
     let ended = tokio::select! {
@@ -714,7 +721,7 @@ async fn serve_peer<P: Open>(
         }
     };
     let name = session.peer();
-    let env = state.session_env(tables, arbiter, &control);
+    let env = state.session_env(tables, HashSet::new(), arbiter, &control);
     match AssertUnwindSafe(run_session(session, env)).catch_unwind().await {
         Ok(exit) => {
             if let Some(error) = &exit.cause

@@ -129,6 +129,8 @@ pub(crate) struct ServerEnv {
     pub(crate) scope: Arc<Scope>,
     pub(crate) tables: watch::Receiver<Arc<RouteTable>>,
     pub(crate) arbiter: usize,
+    /// What was subscribed when the session was dialled; the table may have changed since.
+    pub(crate) subscribed: HashSet<Route>,
 }
 
 /// What every session needs.
@@ -310,7 +312,7 @@ struct Loop<S: Session> {
 ///
 /// Cancel safe in the sense that dropping it closes the connection and gives every request in flight its
 /// end (as abandoned); use [`SessionControl`] to end it in order.
-pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> SessionExit {
+pub(crate) async fn run_session<S: Session>(session: S, mut env: SessionEnv) -> SessionExit {
     let started = Instant::now();
     let peer = session.peer();
     let (reader, writer) = session.split();
@@ -327,7 +329,8 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         }),
     });
     let table = env.server.as_ref().map(|server| Arc::clone(&server.tables.borrow())).unwrap_or_default();
-    let subscribed = table.iter().map(|entry| entry.route.clone()).collect();
+    let subscribed =
+        env.server.as_mut().map(|server| std::mem::take(&mut server.subscribed)).unwrap_or_default();
     let table_changed = match &env.server {
         Some(server) if env.transport.subscribes => Some(watch_tables(server.tables.clone())),
         _ => None,

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod conformance;
+mod faults;
 mod memory;
 mod packets;
 mod patterns;
+mod support;
