@@ -8,4 +8,5 @@ mod faults;
 mod memory;
 mod packets;
 mod patterns;
+mod supervision;
 mod support;
