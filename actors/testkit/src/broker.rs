@@ -210,7 +210,16 @@ impl Broker {
     ///
     /// When the signal cannot be sent.
     pub fn freeze(&self) -> Result<(), BrokerError> {
-        self.signal("STOP")
+        self.signal("STOP")?;
+        let id = self.process.as_ref().map(Child::id).unwrap_or_default();
+        // The signal is on its way; each thread stops when it sees it.
+        for _ in 0..1000 {
+            if all_threads_are_stopped(id) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     /// Lets it go on (SIGCONT).
@@ -262,6 +271,18 @@ impl Broker {
         let nothing = BrokerCommand::new("", "", "", |_| Vec::new());
         std::mem::replace(&mut self.command, nothing)
     }
+}
+
+/// What Linux says in `/proc`; elsewhere nobody says, and a moment must do.
+fn all_threads_are_stopped(process: u32) -> bool {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{process}/task")) else {
+        std::thread::sleep(Duration::from_millis(50));
+        return true;
+    };
+    threads.flatten().all(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        stat.rsplit(") ").next().is_none_or(|state| state.starts_with('T'))
+    })
 }
 
 impl Drop for Broker {

@@ -224,7 +224,8 @@ fn an_actor_that_gave_up_answers_errors_and_the_rest_goes_on() {
         }
         assert!(client.send::<bool>("alive", 1).await.unwrap());
         assert!(!run.is_finished(), "the service goes on");
-        assert_eq!(service.tree().find("Counter").unwrap().state, ChildState::Failed);
+        let tree = service.tree();
+        assert_eq!(tree.find("Counter").unwrap().children[0].state, ChildState::Failed);
         client.close().await;
         assert!(service.stop(ms(1000)).await.clean);
         run.await.unwrap().unwrap();
