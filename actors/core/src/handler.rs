@@ -534,9 +534,28 @@ where
         HandlerGroup::from_parts(short_name::<A>(), handlers, move |context| {
             let child = context.child.child(short_name::<A>(), "actor");
             let escalate = context.escalate.clone();
+            let place = child.clone();
             let address = spec.clone().start(child, context.events.clone(), move |cause| (escalate.0)(cause));
-            forwards.iter().map(|forward| forward(address.clone())).collect()
+            forwards
+                .iter()
+                .map(|forward| {
+                    let routed = Routed { forward: forward(address.clone()), _place: place.clone() };
+                    Box::new(routed) as Box<dyn Endpoint>
+                })
+                .collect()
         })
+    }
+}
+
+/// A route to an actor. Keeps the actor's place in the tree, so that one that gave up is still seen there.
+struct Routed {
+    forward: Box<dyn Endpoint>,
+    _place: Child,
+}
+
+impl Endpoint for Routed {
+    fn call(&self, request: Request) -> Outcome {
+        self.forward.call(request)
     }
 }
 

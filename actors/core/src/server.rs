@@ -439,6 +439,11 @@ impl Handler<DriverEnded> for ServerActor {
                     (self.state.env.escalate.0)(format!("{}: {cause}", self.state.info.name));
                 }
             }
+            Err(cause) if self.state.is_starting() => {
+                self.state.status.set(ConnectionStatus::Disconnected);
+                self.state.child.failed_with(ChildState::Failed, &cause);
+                self.state.ready(Err(SessionError::fatal(format!("the transporter panicked: {cause}"))));
+            }
             Err(cause) => {
                 self.state.child.failed_with(ChildState::Restarting, &cause);
                 let restarts = self.state.child.count_restart();
@@ -730,9 +735,14 @@ async fn serve_peer<P: Open>(
 ) {
     let _listed = listed;
     let limit = state.options.handshake_timeout;
-    let session = match tokio::time::timeout(limit, peer.open()).await {
-        Ok(Ok(session)) => session,
-        Ok(Err(error)) => return state.session_failed(None, error),
+    let opening = AssertUnwindSafe(peer.open()).catch_unwind();
+    let session = match tokio::time::timeout(limit, opening).await {
+        Ok(Ok(Ok(session))) => session,
+        Ok(Ok(Err(error))) => return state.session_failed(None, error),
+        Ok(Err(panic)) => {
+            let error = SessionError::lost(format!("the session panicked: {}", panic_text(panic)));
+            return state.session_failed(None, error);
+        }
         Err(_) => {
             return state
                 .session_failed(None, SessionError::refused(format!("no handshake within {limit:?}")));
