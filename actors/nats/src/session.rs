@@ -85,6 +85,8 @@ pub struct NatsReader {
     reports: VecDeque<String>,
     /// Messages that were dropped since the session began.
     dropped: u64,
+    /// Something arrived since it was last looked.
+    progress: bool,
 }
 
 impl std::fmt::Debug for NatsReader {
@@ -182,8 +184,16 @@ impl NatsReader {
     fn is_drained(&mut self, cx: &mut Context<'_>) -> bool {
         if let Phase::Draining { probe, limit } = &mut self.phase {
             let returned = probe.get().is_some_and(|probe| self.link.probed.get() >= probe);
-            if !returned && limit.as_mut().poll(cx).is_pending() {
-                return false;
+            if !returned {
+                if limit.as_mut().poll(cx).is_pending() {
+                    return false;
+                }
+                if std::mem::take(&mut self.progress) {
+                    // The broker is still sending: the limit is for one that does not answer.
+                    limit.as_mut().reset(tokio::time::Instant::now() + ROUND_TRIP_LIMIT);
+                    cx.waker().wake_by_ref();
+                    return false;
+                }
             }
             self.phase = Phase::Last;
             // What arrived before the probe may have to be asked for once more.
@@ -244,6 +254,7 @@ impl SessionReader<NatsReplyTo> for NatsReader {
             let next = self.link.streams.borrow_mut().poll_next(cx);
             match next {
                 Poll::Ready((key, Some(message))) => {
+                    self.progress = true;
                     if let Some(inbound) = self.read(key, message, cx) {
                         return Poll::Ready(Some(Ok(inbound)));
                     }
