@@ -68,6 +68,7 @@ impl Session for NatsSession {
             phase: Phase::Open,
             reports: VecDeque::new(),
             dropped: 0,
+            progress: false,
         };
         let max_header_bytes = self.link.settings.common.max_header_bytes;
         let writer = NatsWriter { link: self.link, buffer: BytesMut::new(), max_header_bytes, closing: None };

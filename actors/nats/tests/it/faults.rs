@@ -274,7 +274,7 @@ async fn events_that_were_published_before_a_drain_are_all_handled() {
         seen.fetch_add(1, Ordering::Relaxed);
         async { Ok::<_, RpcError>(()) }
     });
-    let (service, _) = serve(server_options(&broker), [group]).await;
+    let (service, reports) = serve(server_options(&broker), [group]).await;
     let raw = async_nats::connect(broker.url()).await.unwrap();
     for number in 0..20_000u32 {
         raw.publish("evt", number.to_string().into()).await.unwrap();
@@ -285,7 +285,7 @@ async fn events_that_were_published_before_a_drain_are_all_handled() {
     probe.next().await.unwrap();
     let report = service.stop(GRACE).await;
     assert!(report.clean, "{report:?}");
-    assert_eq!(count.load(Ordering::Relaxed), 20_000);
+    assert_eq!(count.load(Ordering::Relaxed), 20_000, "{report:?} {:?}", reports.all());
 }
 
 #[actix::test]
