@@ -71,7 +71,13 @@ impl Session for NatsSession {
             progress: false,
         };
         let max_header_bytes = self.link.settings.common.max_header_bytes;
-        let writer = NatsWriter { link: self.link, buffer: BytesMut::new(), max_header_bytes, closing: None };
+        let writer = NatsWriter {
+            link: self.link,
+            buffer: BytesMut::new(),
+            deadline_headers: wire::DeadlineHeaders::default(),
+            max_header_bytes,
+            closing: None,
+        };
         (reader, writer)
     }
 }
@@ -306,6 +312,7 @@ impl SessionReader<NatsReplyTo> for NatsReader {
 pub struct NatsWriter {
     link: Rc<Link>,
     buffer: BytesMut,
+    deadline_headers: wire::DeadlineHeaders,
     max_header_bytes: usize,
     closing: Option<LocalBoxFuture<'static, Result<(), SessionError>>>,
 }
@@ -318,8 +325,15 @@ impl std::fmt::Debug for NatsWriter {
 
 impl NatsWriter {
     fn message(&mut self, message: &OutboundMessage, reply: Option<Subject>) -> Result<(), WireError> {
-        let fixed = &self.link.settings.headers;
-        let headers = wire::headers_for(&message.headers, fixed, &message.metadata, self.max_header_bytes)?;
+        let (own, fixed, limit) = (&message.headers, &self.link.settings.headers, self.max_header_bytes);
+        let usual = match own.is_empty() && fixed.is_empty() {
+            true => self.deadline_headers.of(&message.metadata, limit),
+            false => None,
+        };
+        let headers = match usual {
+            Some(headers) => Some(headers),
+            None => wire::headers_for(own, fixed, &message.metadata, limit)?,
+        };
         let body = wire::encode_request(message, &mut self.buffer)?;
         wire::check_size(headers.as_ref(), body.len(), self.link.client.max_payload())?;
         self.link.push(Subject::from(message.pattern.route().as_str()), reply, body, headers);

@@ -217,7 +217,7 @@ async fn deadline_and_trace_travel_as_metadata_and_as_headers() {
             .unwrap();
         request
     };
-    let (reply, request) = futures::join!(async { call.await }, answer);
+    let (reply, request) = futures::join!(call, answer);
     assert_eq!(reply.unwrap(), 1);
     let headers = request.headers.unwrap();
     let header = |name: &str| headers.get(name).map(|value| value.as_str().to_owned());

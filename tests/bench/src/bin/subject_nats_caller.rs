@@ -5,11 +5,11 @@ use std::time::Instant;
 
 use clap::Parser;
 use futures::future::try_join_all;
+use martlet_bench::Result;
 use martlet_bench::options::Measure;
 use martlet_bench::report::Report;
 use martlet_bench::service::SUM;
 use martlet_bench::window::Window;
-use martlet_bench::Result;
 use martlet_core::{ClientProxy, Pattern};
 use martlet_nats::{NatsClient, NatsClientOptions};
 
