@@ -86,8 +86,19 @@ pub(crate) fn is_cancel_subject(subject: &str) -> bool {
 
 // === requests and events ===
 
+/// How large a piece of memory is from which bodies are cut.
+const CHUNK: usize = 16 * 1024;
+
+/// Makes sure that a small body can be cut off without an allocation of its own.
+fn refill(out: &mut BytesMut) {
+    if out.capacity() < 256 {
+        *out = BytesMut::with_capacity(CHUNK);
+    }
+}
+
 /// Writes the body of a request or event; the bytes are cut off `out`.
 pub(crate) fn encode_request(message: &OutboundMessage, out: &mut BytesMut) -> Result<Bytes, WireError> {
+    refill(out);
     let packet = OutgoingPacket {
         pattern: PatternText::Given(&message.pattern),
         data: Some(&message.data),
@@ -138,7 +149,7 @@ pub(crate) fn encode_response(
     body: &ResponseBody,
     out: &mut BytesMut,
 ) -> Result<Bytes, WireError> {
-    out.reserve(96);
+    refill(out);
     finish(JsonCodec.encode_response(Some(id), body, None, out), out)
 }
 
@@ -214,7 +225,7 @@ pub(crate) fn headers_for(
         append(&mut map, name, value)?;
     }
     for (name, value) in propagated.filter(|(name, _)| !own.contains(name) && !fixed.contains(name)) {
-        append(&mut map, name, value)?;
+        append_value(&mut map, HeaderName::from_static(name), value)?;
     }
     if map.is_empty() {
         return Ok(None);
@@ -229,10 +240,36 @@ pub(crate) fn headers_for(
 fn append(map: &mut HeaderMap, name: &str, value: &str) -> Result<(), WireError> {
     let bad_name = |_| WireError::HeaderName { name: name.to_owned() };
     let name = HeaderName::from_str(name).map_err(bad_name)?;
+    append_value(map, name, value)
+}
+
+fn append_value(map: &mut HeaderMap, name: HeaderName, value: &str) -> Result<(), WireError> {
     let value = HeaderValue::from_str(value)
         .map_err(|_| WireError::HeaderValue { name: AsRef::<str>::as_ref(&name).to_owned() })?;
     map.append(name, value);
     Ok(())
+}
+
+/// The headers of messages that have nothing but a deadline: most calls of a client have the same one.
+#[derive(Debug, Default)]
+pub(crate) struct DeadlineHeaders {
+    last: Option<(Box<str>, HeaderMap)>,
+}
+
+impl DeadlineHeaders {
+    /// As [`headers_for`], where that has nothing to add but the deadline; `None` elsewhere.
+    pub(crate) fn of(&mut self, metadata: &Metadata, limit: usize) -> Option<HeaderMap> {
+        let mut entries = metadata.iter();
+        let (Some((TIMEOUT_KEY, value)), None) = (entries.next(), entries.next()) else { return None };
+        if let Some((last, map)) = &self.last
+            && **last == *value
+        {
+            return Some(map.clone());
+        }
+        let map = headers_for(&Headers::new(), &Headers::new(), metadata, limit).ok()??;
+        self.last = Some((value.into(), map.clone()));
+        Some(map)
+    }
 }
 
 /// Checks a message against the broker's bound.
