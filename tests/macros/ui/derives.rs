@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+use martlet::{RpcError, Supervised};
+
+#[derive(RpcError)]
+enum Forms {
+    #[rpc(cod = 1)]
+    Typo,
+    #[rpc(code)]
+    NoValue,
+    #[rpc(json, unexpected)]
+    Two,
+    #[rpc()]
+    Nothing,
+}
+
+#[derive(RpcError)]
+struct NoText;
+
+#[derive(Supervised)]
+struct NoActor;
+
+fn main() {}
