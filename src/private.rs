@@ -40,14 +40,46 @@ pub fn add_extra(info: &mut HandlerInfo, key: &str, value: impl Into<Value>) {
     std::sync::Arc::make_mut(&mut info.extras).insert(key.to_owned(), value.into());
 }
 
+/// A type that the payload, or a property of it, can be read as.
+#[diagnostic::on_unimplemented(
+    message = "the payload cannot be read as `{Self}`",
+    label = "not `Deserialize`",
+    note = "derive `serde::Deserialize` for it; `#[payload]` is for the payload and its properties only, extractors go without it"
+)]
+pub trait Readable: DeserializeOwned {}
+
+#[diagnostic::do_not_recommend]
+impl<T: DeserializeOwned> Readable for T {}
+
+/// The error of a handler.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot be the error of a handler",
+    label = "its error is not `Into<RpcError>`",
+    note = "derive `martlet::RpcError` for it, or return `martlet::RpcError`; `martlet::Unexpected` takes any error, which callers read as \"Internal server error\""
+)]
+pub trait Failure: Into<RpcError> {}
+
+#[diagnostic::do_not_recommend]
+impl<E: Into<RpcError>> Failure for E {}
+
 /// The payload as an argument.
-pub fn payload<T: DeserializeOwned>(request: &Request) -> Result<T, RpcError> {
+pub fn payload<T: Readable>(request: &Request) -> Result<T, RpcError> {
     request.data().map_err(bad_payload)
 }
 
 /// A property of the payload as an argument.
-pub fn property<T: DeserializeOwned>(request: &Request, key: &str) -> Result<T, RpcError> {
+pub fn property<T: Readable>(request: &Request, key: &str) -> Result<T, RpcError> {
     request.property(key).map_err(bad_payload)
+}
+
+/// An extractor as an argument.
+pub async fn extract<T: FromRequest>(request: &Request) -> Result<T, RpcError> {
+    T::from_request(request).await
+}
+
+/// The failure of a handler.
+pub fn fail(error: impl Failure) -> HandlerResult {
+    Err(error.into())
 }
 
 /// NestJS's error object with a code.
@@ -87,7 +119,7 @@ impl Out {
     }
 
     /// There is no stream, but an error.
-    pub async fn fail(&self, error: impl Into<RpcError>) {
+    pub async fn fail(&self, error: impl Failure) {
         self.put(Step::Failed(error.into())).await;
     }
 

@@ -66,7 +66,7 @@ pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> TokenStream {
             handlers.extend(handler(method, patterns, &type_name, &mut errors));
         }
     }
-    if !any {
+    if !any && block.trait_.is_none() {
         errors.push(Error::new(
             Span::call_site(),
             "this block has no handler: put `#[message_pattern(\"…\")]` or `#[event_pattern(\"…\")]` on a method",
@@ -105,9 +105,9 @@ pub(crate) fn expand(arguments: TokenStream, item: TokenStream) -> TokenStream {
 
             #[allow(clippy::all, clippy::pedantic)]
             fn handlers() -> ::std::vec::Vec<::martlet::__private::HandlerDef<Self>> {
-                let mut handlers = ::std::vec::Vec::new();
+                let mut __handlers = ::std::vec::Vec::new();
                 #(#handlers)*
-                handlers
+                __handlers
             }
         }
     }
@@ -228,7 +228,7 @@ fn handler(
     let block = quote! {
         #(#cfg)*
         {
-            let call: fn(&::std::rc::Rc<Self>, ::martlet::__private::Request) -> ::martlet::__private::Outcome =
+            let __call: fn(&::std::rc::Rc<Self>, ::martlet::__private::Request) -> ::martlet::__private::Outcome =
                 #call;
             #(#defs)*
         }
@@ -331,21 +331,21 @@ fn def(name: &str, kind: &str, at: Span, options: &PatternOptions) -> TokenStrea
     let kind = Ident::new(kind, Span::call_site());
     let pattern = &options.pattern;
     let transport = options.transport.iter().map(|transport| {
-        quote_spanned!(transport.span()=> info.transport = ::std::option::Option::Some(#transport);)
+        quote_spanned!(transport.span()=> __info.transport = ::std::option::Option::Some(#transport);)
     });
     let concurrency = options.concurrency.iter().map(|max| {
         quote_spanned! {max.span()=>
             let max: usize = #max;
-            info.concurrency = ::std::option::Option::Some(max.max(1));
+            __info.concurrency = ::std::option::Option::Some(max.max(1));
         }
     });
     let extras = options.extras.iter().map(
-        |extras| quote!(::martlet::__private::add_extras(&mut info, ::martlet::__private::json!(#extras));),
+        |extras| quote!(::martlet::__private::add_extras(&mut __info, ::martlet::__private::json!(#extras));),
     );
     let queue = options
         .queue
         .iter()
-        .map(|queue| quote!(::martlet::__private::add_extra(&mut info, "queue", #queue);));
+        .map(|queue| quote!(::martlet::__private::add_extra(&mut __info, "queue", #queue);));
     let interceptors = interceptors(&options.interceptors);
     // The call's own span decides what `Location::caller` sees, so it must be the user's.
     let new = quote_spanned! {at=>
@@ -354,22 +354,26 @@ fn def(name: &str, kind: &str, at: Span, options: &PatternOptions) -> TokenStrea
     quote! {{
         let pattern: ::martlet::__private::Pattern = #pattern;
         #[allow(unused_mut)]
-        let mut info = #new;
+        let mut __info = #new;
         #(#transport)*
         #(#concurrency)*
         #(#extras)*
         #(#queue)*
-        let interceptors = #interceptors;
-        handlers.push(::martlet::__private::HandlerDef { info, interceptors, call });
+        let __interceptors = #interceptors;
+        __handlers.push(::martlet::__private::HandlerDef {
+            info: __info,
+            interceptors: __interceptors,
+            call: __call,
+        });
     }}
 }
 
 fn interceptors(list: &[syn::Expr]) -> TokenStream {
     quote! {{
         #[allow(unused_mut)]
-        let mut list: ::martlet::__private::Interceptors = ::std::vec::Vec::new();
-        #(list.push(#list);)*
-        list
+        let mut __list: ::martlet::__private::Interceptors = ::std::vec::Vec::new();
+        #(__list.push(#list);)*
+        __list
     }}
 }
 
@@ -392,7 +396,7 @@ fn call(signature: &syn::Signature, marks: &[(usize, Attribute, Source)]) -> Tok
             }
             Source::Extractor => {
                 waits = true;
-                quote_spanned!(at=> <#ty as ::martlet::__private::FromRequest>::from_request(&request).await?)
+                quote_spanned!(at=> ::martlet::__private::extract(&request).await?)
             }
         };
         reads.push(quote!(let #name: #ty = #read;));
@@ -406,12 +410,13 @@ fn call(signature: &syn::Signature, marks: &[(usize, Attribute, Source)]) -> Tok
         ReturnType::Type(_, ty) => ty.span(),
     };
     if shape.stream {
-        let all = if shape.items_fail { quote!(try_send_all) } else { quote!(send_all) };
+        let all = Ident::new(if shape.items_fail { "try_send_all" } else { "send_all" }, at);
+        let fail = quote_spanned!(at=> out.fail(error));
         let started = if shape.fails {
             quote! {
                 match #result {
                     ::std::result::Result::Ok(stream) => stream,
-                    ::std::result::Result::Err(error) => return out.fail(error).await,
+                    ::std::result::Result::Err(error) => return #fail.await,
                 }
             }
         } else {
@@ -442,13 +447,12 @@ fn call(signature: &syn::Signature, marks: &[(usize, Attribute, Source)]) -> Tok
             ::std::result::Result::Ok(::martlet::__private::Reply::Empty)
         },
         ReturnType::Type(..) => {
+            let fail = quote_spanned!(at=> ::martlet::__private::fail(error));
             let value = if shape.fails {
                 quote! {
                     match #result {
                         ::std::result::Result::Ok(value) => value,
-                        ::std::result::Result::Err(error) => {
-                            return ::std::result::Result::Err(::std::convert::Into::into(error));
-                        }
+                        ::std::result::Result::Err(error) => return #fail,
                     }
                 }
             } else {

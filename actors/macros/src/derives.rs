@@ -6,7 +6,7 @@ use quote::{quote, quote_spanned};
 use syn::spanned::Spanned;
 use syn::{Attribute, Data, DeriveInput, Error, Expr, Ident, Result, Token};
 
-use crate::options::unknown;
+use crate::options::{arguments, unknown};
 
 /// How an error crosses the wire.
 #[derive(Clone)]
@@ -85,10 +85,13 @@ fn convert(form: &Form, name: &Ident) -> TokenStream {
 fn form(attributes: &[Attribute]) -> Result<Option<Form>> {
     let mut form = None;
     for attribute in attributes.iter().filter(|attribute| attribute.path().is_ident("rpc")) {
+        if arguments(attribute)?.is_none() {
+            return Err(Error::new_spanned(
+                attribute.path(),
+                "say how the error crosses the wire: `#[rpc(code = …)]`, `#[rpc(json)]` or `#[rpc(unexpected)]`",
+            ));
+        }
         attribute.parse_args_with(|input: syn::parse::ParseStream<'_>| {
-            if input.is_empty() {
-                return Err(input.error("write `code = …`, `json` or `unexpected`"));
-            }
             while !input.is_empty() {
                 let name: Ident = input.parse()?;
                 let read = if name == "code" {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-use martlet::{RpcError, Supervised};
+use martlet::RpcError;
 
 #[derive(RpcError)]
 enum Forms {
@@ -15,8 +15,5 @@ enum Forms {
 
 #[derive(RpcError)]
 struct NoText;
-
-#[derive(Supervised)]
-struct NoActor;
 
 fn main() {}

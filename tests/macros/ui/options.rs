@@ -48,8 +48,10 @@ impl Shop {
     fn interceptors(&self) {}
 }
 
+struct Other;
+
 #[controller(nam = "shop")]
-impl Shop {
+impl Other {
     #[message_pattern("a")]
     fn fine(&self) {}
 }

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
+use futures::Stream;
 use martlet::{RpcError, controller, message};
 
 struct Opaque;
@@ -8,14 +9,19 @@ struct Shop;
 #[controller]
 impl Shop {
     #[message_pattern("argument")]
-    fn argument(&self, numbers: Vec<i64>) {}
+    fn argument(&self, _numbers: Vec<i64>) {}
 
     #[message_pattern("payload")]
-    fn payload(&self, #[payload] value: Opaque) {}
+    fn payload(&self, #[payload] _value: Opaque) {}
 
     #[message_pattern("reply")]
     fn reply(&self) -> Opaque {
         Opaque
+    }
+
+    #[message_pattern("items")]
+    fn items(&self) -> impl Stream<Item = Opaque> {
+        futures::stream::iter([Opaque])
     }
 
     #[message_pattern("error")]
