@@ -3,12 +3,14 @@
 #![cfg(feature = "tcp")]
 
 use std::cell::RefCell;
+use std::rc::Rc;
 use std::time::Duration;
 
 use futures::stream::{self, LocalBoxStream, Stream, StreamExt};
 use martlet::tcp::{TcpClient, TcpServer};
 use martlet::{
-    CallError, ClientProxy, Data, Metadata, Microservice, Record, Reply, RpcError, Streaming, controller,
+    CallError, ClientProxy, Controller, Data, HandlerDef, Metadata, Microservice, Outcome, Record, Reply,
+    Request, RpcError, Streaming, controller,
 };
 use serde_json::{Value, json};
 
@@ -87,6 +89,16 @@ impl Shop {
         Streaming(stream::iter([5, 6]).boxed_local())
     }
 
+    /// Which handlers are called in place, without a future.
+    #[message_pattern("in place")]
+    fn in_place(&self, request: Request) -> Vec<String> {
+        let shop = Rc::new(Shop::default());
+        let in_place =
+            |def: &HandlerDef<Shop>| matches!((def.call)(&shop, request.clone()), Outcome::Ready(_));
+        let defs = Shop::handlers().into_iter().filter(in_place);
+        defs.map(|def| def.info.name.to_string()).collect()
+    }
+
     #[event_pattern("note")]
     fn note(&self, #[payload("text")] text: String) {
         self.log.borrow_mut().push(text);
@@ -108,7 +120,6 @@ async fn with_shop(check: impl AsyncFnOnce(&ClientProxy)) {
         .unwrap();
     let port = service.url().rsplit(':').next().unwrap().parse().unwrap();
     let client = TcpClient::connect_to("127.0.0.1", port);
-    let client: ClientProxy = client.into();
     check(&client).await;
     client.close().await;
     service.stop(Duration::from_secs(5)).await;
@@ -139,6 +150,16 @@ async fn arguments_are_read_and_values_are_answered() {
         assert_eq!(one(client, "extracts", json!("Ann")).await, Ok(json!("extracts Ann")));
         assert_eq!(one(client, "record", json!(null)).await, Ok(json!(1)));
         assert_eq!(all(client, "reply", json!(null)).await, Ok(vec![]));
+    })
+    .await;
+}
+
+#[actix::test]
+async fn a_plain_function_of_payloads_runs_without_a_future() {
+    with_shop(async |client| {
+        let names = ["ready", "property", "unit", "record", "streaming", "note", "log"];
+        let names = names.map(|name| format!("Shop::{name}"));
+        assert_eq!(one(client, "in place", json!(null)).await, Ok(json!(names)));
     })
     .await;
 }

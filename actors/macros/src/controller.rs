@@ -242,7 +242,7 @@ fn take_payload_marks(method: &mut ImplItemFn, errors: &mut Errors) -> Vec<(usiz
         let FnArg::Typed(argument) = argument else { continue };
         let mut rest = Vec::new();
         for attribute in std::mem::take(&mut argument.attrs) {
-            if !attribute.path().segments.last().is_some_and(|segment| segment.ident == "payload") {
+            if attribute.path().segments.last().is_none_or(|segment| segment.ident != "payload") {
                 rest.push(attribute);
                 continue;
             }
