@@ -743,7 +743,6 @@ impl<S: Session> Loop<S> {
 
     fn dispatch(&mut self, kind: MessageKind, delivery: Delivery<S::ReplyTo>) -> Result<(), SessionError> {
         self.refresh_table();
-        let Some(server) = &self.env.server else { return Ok(()) };
         let entry = match &delivery.key {
             PatternKey::Raw(raw) => self.table.find(self.env.transport.format, raw),
             PatternKey::Route(route) => self.table.get(route),

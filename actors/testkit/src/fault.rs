@@ -237,7 +237,7 @@ fn twice<R: Clone>(item: &Inbound<R>) -> Option<Inbound<R>> {
         metadata: delivery.metadata.clone(),
         id: delivery.id.clone(),
         reply_to: delivery.reply_to.clone(),
-        context: Arc::clone(&delivery.context),
+        context: delivery.context.clone(),
     };
     match item {
         Inbound::Request(delivery) => Some(Inbound::Request(again(delivery))),
