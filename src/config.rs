@@ -194,10 +194,12 @@ impl ConfigError {
 fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let plain = |text: &str| text.to_lowercase().replace(['_', '-'], "");
     let wanted = plain(name);
+    let distance = |known: &str| strsim::osa_distance(&wanted, known);
+    let is_like = |known: &str| strsim::jaro_winkler(&wanted, known) > 0.75 || distance(known) <= 1;
     known
-        .map(|known| (strsim::jaro_winkler(&wanted, &plain(known)), known))
-        .filter(|(likeness, _)| *likeness > 0.75)
-        .max_by(|(one, _), (other, _)| one.total_cmp(other))
+        .map(|known| (plain(known), known))
+        .filter(|(plain, _)| is_like(plain))
+        .min_by_key(|(plain, _)| distance(plain))
         .map(|(_, known)| known)
 }
 

@@ -5,7 +5,7 @@
 
 pub use martlet_core::{
     CallError, Client, ClientName, ClientProxy, Ctx, Data, HandlerGroup, Metadata, Microservice, Pattern,
-    Request, RpcError, State, Streaming, TryStreaming, Unexpected, event, message,
+    RpcError, State, Streaming, TryStreaming, Unexpected, event, message,
 };
 
 pub use crate::clients::Clients;
