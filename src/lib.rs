@@ -3,6 +3,14 @@
 
 pub use martlet_core::*;
 
+pub mod clients;
+pub mod config;
+pub mod prelude;
+mod url;
+
+pub use clients::Clients;
+pub use config::{ConfigError, Transport, TransportKind};
+
 #[cfg(feature = "macros")]
 pub use martlet_macros::*;
 

@@ -32,7 +32,8 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     ///
     /// # Errors
     ///
-    /// [`CodecError::Malformed`] if the frame is not one value.
+    /// [`CodecError::Json`] or [`CodecError::MessagePack`] if the frame is not one value; see
+    /// [`CodecError::is_malformed`].
     fn decode_request(&self, frame: &Bytes) -> Result<IncomingPacket, CodecError>;
 
     /// Writes a request or an event, members in the order `pattern`, `data`, `metadata`, `id`.
@@ -52,7 +53,8 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     ///
     /// # Errors
     ///
-    /// [`CodecError::Malformed`] if the frame is not one value.
+    /// [`CodecError::Json`] or [`CodecError::MessagePack`] if the frame is not one value; see
+    /// [`CodecError::is_malformed`].
     fn decode_response(&self, frame: &Bytes) -> Result<ResponsePacket, CodecError>;
 
     /// Writes a reply. `id` is a raw value in the codec's format and copied as it is.

@@ -437,10 +437,16 @@ impl ClientCore {
             .map(|(index, entry)| SlotKey { index: index as u32, generation: entry.generation })
             .collect();
         for key in open {
+            // The session says it before it closes: handlers behind a broker would not learn it otherwise.
+            let under_way = state.entry(key).filter(|entry| entry.sent && entry.kind != CallKind::Event);
+            if let Some(route) = under_way.map(|entry| entry.route.clone())
+                && state.session.is_some()
+            {
+                state.cancels.push_back((self.id(key), route));
+            }
             state.end(key, Err(outcome.clone()));
         }
         state.queue.clear();
-        state.cancels.clear();
     }
 
     // === the timer ===

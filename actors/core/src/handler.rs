@@ -18,7 +18,6 @@ use std::hash::{BuildHasher, Hasher};
 use std::panic::{AssertUnwindSafe, Location, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
@@ -131,7 +130,8 @@ pub struct HandlerSupervision {
     /// Requests that wait for a free place of [`HandlerInfo::concurrency`], per handler and replica.
     /// Default 1024; more are answered with an overload error.
     pub max_waiting: usize,
-    /// Messages in the replica's mailbox. Default 65,536; more are answered with an overload error.
+    /// Messages in the replica's mailbox, each of which holds what one turn of a session read. Default
+    /// 65,536; more are answered with an overload error.
     pub mailbox_capacity: usize,
 }
 
@@ -635,9 +635,12 @@ fn short_name<T>() -> &'static str {
 
 // === the routed actor ===
 
-/// A request for a handler, with the duty to end it.
+/// Requests for the handlers of one replica: what one turn of a session read for it, in order.
 #[derive(Message)]
 #[rtype(result = "()")]
+pub(crate) struct InvokeBatch(pub(crate) Vec<Invoke>);
+
+/// A request for a handler, with the duty to end it.
 pub(crate) struct Invoke {
     pub(crate) endpoint: u32,
     pub(crate) request: Request,
@@ -770,11 +773,13 @@ impl Actor for HandlerActor {
     }
 }
 
-impl Handler<Invoke> for HandlerActor {
+impl Handler<InvokeBatch> for HandlerActor {
     type Result = ();
 
-    fn handle(&mut self, invoke: Invoke, _ctx: &mut Self::Context) {
-        self.replica.accept(invoke);
+    fn handle(&mut self, InvokeBatch(batch): InvokeBatch, _ctx: &mut Self::Context) {
+        for invoke in batch {
+            self.replica.accept(invoke);
+        }
     }
 }
 
@@ -823,7 +828,7 @@ impl Replica {
             responder.fail(&poisoned(kills));
             return;
         }
-        handler.stats.in_flight.fetch_add(1, Ordering::Relaxed);
+        handler.stats.in_flight.add(1);
         handler.running.set(handler.running.get() + 1);
         let data = request.data.clone();
         let deadline = request.deadline;
@@ -1019,16 +1024,16 @@ impl Replica {
     fn finished(self: &Rc<Self>, index: u32, ended: Ended) {
         let handler = &self.handlers[index as usize];
         let stats = &handler.stats;
-        stats.in_flight.fetch_sub(1, Ordering::Relaxed);
-        stats.handled.fetch_add(1, Ordering::Relaxed);
+        stats.in_flight.add(-1);
+        stats.handled.add(1);
         match ended {
             Ended::Well => {}
             Ended::Failed => {
-                stats.failed.fetch_add(1, Ordering::Relaxed);
+                stats.failed.add(1);
             }
             Ended::Panicked => {
-                stats.failed.fetch_add(1, Ordering::Relaxed);
-                stats.panicked.fetch_add(1, Ordering::Relaxed);
+                stats.failed.add(1);
+                stats.panicked.add(1);
             }
         }
         handler.running.set(handler.running.get() - 1);

@@ -127,6 +127,16 @@ impl Microservice {
         self
     }
 
+    /// Declares several clients, a name each; see [`client`](Self::client).
+    pub fn clients<N, C>(mut self, clients: impl IntoIterator<Item = (N, C)>) -> Self
+    where
+        N: Into<String>,
+        C: Into<ClientProxy>,
+    {
+        self.app.clients.extend(clients.into_iter().map(|(name, client)| (name.into(), client.into())));
+        self
+    }
+
     /// Shares a value with every handler, by its type.
     pub fn state<T: Send + Sync + 'static>(mut self, value: T) -> Self {
         self.app.state.insert(value);
@@ -299,7 +309,7 @@ impl fmt::Debug for RunningService {
 pub struct ServiceReport {
     /// What ended it: a signal's name, `stop`, or what a supervisor that gave up said.
     pub cause: String,
-    /// Whether everything that was taken was finished, and no supervisor gave up.
+    /// Whether everything that was taken was finished (or its caller had gone), and no supervisor gave up.
     pub clean: bool,
     /// What each transporter did.
     pub servers: Vec<ServerReport>,
@@ -316,7 +326,12 @@ impl ServiceReport {
         self.servers.iter().map(|server| server.handed_back).sum()
     }
 
-    /// Requests and events that were not finished, and why.
+    /// Requests and events whose connection was lost before they were finished.
+    pub fn lost(&self) -> u64 {
+        self.servers.iter().map(|server| server.lost).sum()
+    }
+
+    /// Requests and events that were not finished when the grace period ended.
     pub fn abandoned(&self) -> impl Iterator<Item = &Abandoned> {
         self.servers.iter().flat_map(|server| &server.abandoned)
     }

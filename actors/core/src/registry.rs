@@ -286,13 +286,13 @@ async fn build_groups(
     let mut handlers = Vec::new();
     let mut children = Vec::new();
     for group in groups {
-        let stats: Vec<Arc<HandlerStats>> = group.handlers.iter().map(|_| Arc::default()).collect();
         let count = match group.placement {
             Placement::PerArbiter => arbiters.len(),
             Placement::Singleton => 1,
         };
         let group = Arc::new(group);
         let mut building = Vec::new();
+        let mut replica_stats: Vec<Vec<Arc<HandlerStats>>> = Vec::new();
         for arbiter in 0..count {
             let name: Arc<str> = if count == 1 {
                 Arc::clone(&group.name)
@@ -303,7 +303,9 @@ async fn build_groups(
             children.push(place.clone());
             let context =
                 ReplicaContext { arbiter, child: place, events: events.clone(), escalate: escalate.clone() };
-            let (group, stats, global) = (Arc::clone(&group), stats.clone(), Arc::clone(&global));
+            let stats: Vec<Arc<HandlerStats>> = group.handlers.iter().map(|_| Arc::default()).collect();
+            replica_stats.push(stats.clone());
+            let (group, global) = (Arc::clone(&group), Arc::clone(&global));
             building.push(arbiters.run_on(arbiter, move || async move {
                 HandlerActor::build(&group, &stats, context, &global).map(|actor| actor.start().recipient())
             }));
@@ -320,12 +322,12 @@ async fn build_groups(
             });
         }
         let replicas = Arc::new(Replicas { recipients });
-        for (endpoint, ((info, _), stats)) in group.handlers.iter().zip(stats).enumerate() {
+        for (endpoint, (info, _)) in group.handlers.iter().enumerate() {
             handlers.push(Arc::new(HandlerRef {
                 info: info.clone(),
                 replicas: Arc::clone(&replicas),
                 endpoint: endpoint as u32,
-                stats,
+                stats: replica_stats.iter().map(|stats| Arc::clone(&stats[endpoint])).collect(),
             }));
         }
     }

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use crate::correlation::ClientCore;
 use crate::error::SessionError;
 use crate::events::{EventBus, ServiceEvent};
-use crate::handler::{Invoke, overloaded};
+use crate::handler::{Invoke, InvokeBatch, overloaded};
 use crate::headers::Headers;
 use crate::packet::ResponseBody;
 use crate::pattern::Route;
@@ -129,6 +129,8 @@ pub(crate) struct ServerEnv {
     pub(crate) scope: Arc<Scope>,
     pub(crate) tables: watch::Receiver<Arc<RouteTable>>,
     pub(crate) arbiter: usize,
+    /// The routes that the session was dialled with.
+    pub(crate) subscribed: HashSet<Route>,
 }
 
 /// What every session needs.
@@ -190,10 +192,6 @@ impl<R: Clone + Send + 'static> Shared<R> {
             cancellation: None,
         });
         SlotKey { index: index as u32, generation }
-    }
-
-    fn in_flight(&self) -> usize {
-        self.inner.lock().slots.len()
     }
 }
 
@@ -301,7 +299,13 @@ struct Loop<S: Session> {
     draining: bool,
     reported_full: bool,
     handed_back: u64,
+    /// Requests and events that were given a slot; less those answered, they are in flight.
+    admitted: u64,
+    /// What this turn has read for one replica, not yet sent there.
+    invokes: Option<(Arc<HandlerRef>, Vec<Invoke>)>,
     batch: Vec<Outbound<S::ReplyTo>>,
+    /// Abandoned: until when closing may take.
+    close_by: Option<Pin<Box<tokio::time::Sleep>>>,
 }
 
 /// Runs a session to its end.
@@ -325,7 +329,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         }),
     });
     let table = env.server.as_ref().map(|server| Arc::clone(&server.tables.borrow())).unwrap_or_default();
-    let subscribed = table.iter().map(|entry| entry.route.clone()).collect();
+    let subscribed = env.server.as_ref().map(|server| server.subscribed.clone()).unwrap_or_default();
     let table_changed = match &env.server {
         Some(server) if env.transport.subscribes => Some(watch_tables(server.tables.clone())),
         _ => None,
@@ -343,7 +347,10 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         draining: false,
         reported_full: false,
         handed_back: 0,
+        admitted: 0,
+        invokes: None,
         batch: Vec::new(),
+        close_by: None,
         env,
     };
     // A guard, so that a dropped task ends its requests, too.
@@ -448,15 +455,25 @@ impl<S: Session> Loop<S> {
                 self.reader.drain();
             }
         }
+        if self.env.control.abandon.load(Ordering::Acquire) {
+            // What was not read by now is not taken: a session at one of its bounds must end, too.
+            self.reading = false;
+        }
         self.take_route_changes(cx)?;
         self.write_finished()?;
-        self.write_calls()?;
+        let more = self.write_calls()?;
         let flushed = self.flush(cx)?;
+        if more && flushed {
+            // There is room again, and nobody else would say so.
+            cx.waker().wake_by_ref();
+        }
         if self.reading && self.read(cx)?.is_ready() && !self.draining {
             // The peer closed its side: nothing can be asked any more, what was asked is answered.
             self.draining = true;
         }
-        if self.draining && (!self.reading || self.env.server.is_none()) {
+        // A reader that is held back by a bound, or whose drain does not end, is not waited for for ever.
+        let abandon = self.env.control.abandon.load(Ordering::Acquire);
+        if self.draining && (!self.reading || self.env.server.is_none() || abandon) {
             return self.finish(cx, flushed);
         }
         Poll::Pending
@@ -469,7 +486,15 @@ impl<S: Session> Loop<S> {
         if abandon && self.env.transport.settles {
             self.hand_back()?;
         }
-        let idle = self.shared.in_flight() == 0 && calls_done;
+        if abandon {
+            // A peer that does not read is not waited for much longer.
+            let linger = self.env.limits.linger;
+            let close_by = self.close_by.get_or_insert_with(|| Box::pin(tokio::time::sleep(linger)));
+            if close_by.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+        }
+        let idle = self.in_flight() == 0 && calls_done;
         if (idle || abandon) && self.shared.inner.lock().out.is_empty() && (flushed || abandon) {
             return self.writer.poll_close(cx);
         }
@@ -485,6 +510,7 @@ impl<S: Session> Loop<S> {
                 cancellation.cancel();
             }
             self.handed_back += 1;
+            self.admitted -= 1;
             let settlement = Settlement::HandedBack;
             self.write(Outbound::Settle { delivery: slot.reply_to, settlement })?;
         }
@@ -529,18 +555,19 @@ impl<S: Session> Loop<S> {
         Ok(())
     }
 
-    fn write_calls(&mut self) -> Result<(), SessionError> {
-        let Some(client) = &self.env.client else { return Ok(()) };
+    /// Writes queued calls; `true` when it stopped for want of room.
+    fn write_calls(&mut self) -> Result<bool, SessionError> {
+        let Some(client) = &self.env.client else { return Ok(false) };
         let client = Arc::clone(client);
         while self.writer.pending_bytes() < self.env.limits.high_water_bytes {
-            let Some((key, item)) = client.next_outbound() else { break };
+            let Some((key, item)) = client.next_outbound() else { return Ok(false) };
             match self.writer.write(item) {
                 Ok(()) => client.written(key),
                 Err(WriteError::Item(reason)) => client.refused(key, reason),
                 Err(WriteError::Session(error)) => return Err(error),
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn write(&mut self, item: Outbound<S::ReplyTo>) -> Result<(), SessionError> {
@@ -582,11 +609,21 @@ impl<S: Session> Loop<S> {
 
     /// Reads what there is, within bounds; ready when the reader has ended.
     fn read(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, SessionError> {
+        let read = self.read_some(cx);
+        self.send_invokes();
+        read
+    }
+
+    fn in_flight(&self) -> u64 {
+        self.admitted - self.env.control.answered.load(Ordering::Relaxed)
+    }
+
+    fn read_some(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, SessionError> {
         for _ in 0..READ_BUDGET {
             if self.writer.pending_bytes() >= self.env.limits.high_water_bytes {
                 return Ok(Poll::Pending);
             }
-            if self.env.server.is_some() && self.shared.in_flight() >= self.env.limits.max_in_flight {
+            if self.env.server.is_some() && self.in_flight() >= self.env.limits.max_in_flight as u64 {
                 if !std::mem::replace(&mut self.reported_full, true) {
                     self.env.events.emit(ServiceEvent::BoundHit {
                         place: Arc::clone(&self.peer),
@@ -685,74 +722,91 @@ impl<S: Session> Loop<S> {
         let Some(entry) = entry else {
             return self.unhandled(kind, delivery);
         };
-        let deadline = delivery.metadata.as_ref().and_then(deadline_of);
+        let Delivery { key, data, metadata, id, reply_to, context } = delivery;
+        let entry = Arc::clone(entry);
+        let deadline = metadata.as_ref().and_then(deadline_of);
+        let format = self.env.transport.format;
         let chain: &[Arc<HandlerRef>] = match (kind, &entry.message, entry.events.as_slice()) {
             (MessageKind::Request, Some(message), _) | (_, Some(message), []) => {
                 std::slice::from_ref(message)
             }
             (_, _, events) => events,
         };
-        let request = |slot: SlotKey, sink: &Arc<dyn ReplySink>, delivery: &Parts| Request {
+        let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };
+        let slot = self.shared.admit(kind, reply_to, id.unwrap_or_default(), entry.route.clone(), handlers);
+        self.admitted += 1;
+        let request = Request {
             scope: Arc::clone(&server.scope),
-            entry: Arc::clone(entry),
+            entry: Arc::clone(&entry),
             kind,
-            raw_pattern: delivery.pattern.clone(),
-            data: delivery.data.clone(),
-            metadata: delivery.metadata.clone(),
-            context: Arc::clone(&delivery.context),
+            raw_pattern: match key {
+                PatternKey::Raw(raw) => Some(raw),
+                PatternKey::Route(_) => None,
+            },
+            data,
+            metadata,
+            context,
             deadline,
-            sink: Arc::clone(sink),
+            sink: Arc::clone(&self.sink),
             slot,
             extensions: None,
         };
-        let Delivery { key, data, metadata, id, reply_to, context } = delivery;
-        let pattern = match key {
-            PatternKey::Raw(raw) => Some(raw),
-            PatternKey::Route(_) => None,
-        };
-        let parts = Parts { pattern, data, metadata, context };
-        let id = id.unwrap_or_default();
-        let format = self.env.transport.format;
-        let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };
-        let slot = self.shared.admit(kind, reply_to, id, entry.route.clone(), handlers);
-        let sink = &self.sink;
         match chain {
             [only] => {
-                let responder = Responder::new(Arc::clone(sink), slot, format);
-                self.invoke(only, server.arbiter, request(slot, sink, &parts), responder);
+                let responder = Responder::new(Arc::clone(&self.sink), slot, format);
+                self.invoke(only, request, responder);
             }
             chain if kind == MessageKind::Request => {
-                let gather = ChainSink::new(chain.len(), Responder::new(Arc::clone(sink), slot, format));
+                let answer = Responder::new(Arc::clone(&self.sink), slot, format);
+                let gather = ChainSink::new(chain.len(), answer);
                 for (index, handler) in chain.iter().enumerate() {
-                    let responder = gather.responder(index as u32);
-                    self.invoke(handler, server.arbiter, request(slot, sink, &parts), responder);
+                    self.invoke(handler, request.clone(), gather.responder(index as u32));
                 }
             }
             chain => {
                 for handler in chain {
-                    let responder = Responder::new(Arc::clone(sink), slot, format);
-                    self.invoke(handler, server.arbiter, request(slot, sink, &parts), responder);
+                    let responder = Responder::new(Arc::clone(&self.sink), slot, format);
+                    self.invoke(handler, request.clone(), responder);
                 }
             }
         }
         Ok(())
     }
 
-    fn invoke(&self, handler: &HandlerRef, arbiter: usize, request: Request, responder: Responder) {
-        let Some(replica) = handler.replica(arbiter) else { return };
-        match replica.try_send(Invoke { endpoint: handler.endpoint, request, responder }) {
+    /// Adds a request to the batch for its replica; a batch for another one is sent first, which keeps the
+    /// order of dispatch.
+    fn invoke(&mut self, handler: &Arc<HandlerRef>, request: Request, responder: Responder) {
+        let invoke = Invoke { endpoint: handler.endpoint, request, responder };
+        match &mut self.invokes {
+            Some((same, batch)) if Arc::ptr_eq(&same.replicas, &handler.replicas) => batch.push(invoke),
+            _ => {
+                self.send_invokes();
+                let mut batch = Vec::with_capacity(8);
+                batch.push(invoke);
+                self.invokes = Some((Arc::clone(handler), batch));
+            }
+        }
+    }
+
+    fn send_invokes(&mut self) {
+        let Some((handler, batch)) = self.invokes.take() else { return };
+        let Some(server) = &self.env.server else { return };
+        let Some(replica) = handler.replica(server.arbiter) else { return };
+        match replica.try_send(InvokeBatch(batch)) {
             Ok(()) => {}
-            Err(SendError::Full(invoke)) => {
+            Err(SendError::Full(InvokeBatch(batch))) => {
                 self.env.events.emit(ServiceEvent::BoundHit {
                     place: Arc::clone(&handler.info.name),
                     bound: "mailbox_capacity",
                     limit: 0,
-                    action: "the request was answered with an overload error",
+                    action: "the requests were answered with an overload error",
                 });
-                invoke.responder.fail(&overloaded());
+                for invoke in batch {
+                    invoke.responder.fail(&overloaded());
+                }
             }
-            // Unrouted meanwhile; the responder says so by being dropped.
-            Err(SendError::Closed(invoke)) => drop(invoke),
+            // Unrouted meanwhile; the responders say so by being dropped.
+            Err(SendError::Closed(batch)) => drop(batch),
         }
     }
 
@@ -783,14 +837,6 @@ impl<S: Session> Loop<S> {
         }
         Ok(())
     }
-}
-
-/// The parts of a delivery that a request is made of.
-struct Parts {
-    pattern: Option<Bytes>,
-    data: Option<crate::payload::Payload>,
-    metadata: Option<crate::payload::Payload>,
-    context: crate::transport::ContextData,
 }
 
 /// The deadline that a caller's metadata carries.

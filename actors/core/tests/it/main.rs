@@ -3,5 +3,7 @@
 //! Integration tests of `martlet-core`.
 #![allow(clippy::unwrap_used)]
 
+mod conformance;
+mod memory;
 mod packets;
 mod patterns;
