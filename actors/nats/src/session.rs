@@ -347,6 +347,7 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
                 let reply = Subject::from(format!("{}{id}", self.link.inbox));
                 self.message(&message, Some(reply)).map_err(refused)
             }
+            // NATS-3.
             Outbound::Event(message) => self.message(&message, None).map_err(refused),
             Outbound::Response { reply_to, id, body, headers } => {
                 if let Some((endpoint, since)) = reply_to.watched
