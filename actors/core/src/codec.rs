@@ -9,7 +9,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use crate::json::{self, Members};
 use crate::msgpack;
 pub use crate::packet::{INTERNAL_ERROR_TEXT, NO_HANDLER_TEXT};
-use crate::packet::{IncomingPacket, OutgoingPacket, PatternText, ResponseBody, ResponsePacket};
+use crate::packet::{IncomingPacket, OutgoingPacket, PatternText, Raw, ResponseBody, ResponsePacket};
 use crate::payload::{EncodeError, Format, Payload};
 
 /// Turns packets into bytes and back. The bytes are one message; framing is the transporter's business.
@@ -120,9 +120,9 @@ fn request(frame: &Bytes, format: Format, members: Members<4>) -> IncomingPacket
         };
     }
     IncomingPacket {
-        pattern: pattern.map(|span| frame.slice(span)),
+        pattern: pattern.map(|span| Raw::slice(frame, span)),
         data: data.map(payload),
-        id: id.map(|span| frame.slice(span)),
+        id: id.map(|span| Raw::slice(frame, span)),
         metadata: metadata.map(payload),
     }
 }
@@ -132,7 +132,7 @@ fn response(frame: &Bytes, format: Format, members: Members<5>, rules: &ValueRul
     if !members.is_object || members.has_others || members.is_empty_object() {
         let [id, ..] = members.spans;
         return ResponsePacket {
-            id: id.map(|span| frame.slice(span)),
+            id: id.map(|span| Raw::slice(frame, span)),
             status: None,
             body: ResponseBody::Last(Some(payload(members.value))),
             foreign: true,
@@ -147,8 +147,8 @@ fn response(frame: &Bytes, format: Format, members: Members<5>, rules: &ValueRul
         (None, None) => ResponseBody::Item(value.map_or_else(|| Payload::null(format), payload)),
     };
     ResponsePacket {
-        id: id.map(|span| frame.slice(span)),
-        status: status.map(|span| frame.slice(span)),
+        id: id.map(|span| Raw::slice(frame, span)),
+        status: status.map(|span| Raw::slice(frame, span)),
         body,
         foreign: false,
     }

@@ -12,14 +12,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use bytes::Bytes;
 use parking_lot::Mutex;
 use slab::Slab;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::error::{CallError, RemoteError, SessionError, SharedError};
-use crate::packet::{ResponseBody, ResponsePacket};
+use crate::packet::{Raw, ResponseBody, ResponsePacket};
 use crate::pattern::Route;
 use crate::payload::Payload;
 use crate::responder::SlotKey;
@@ -499,8 +498,8 @@ impl ClientCore {
 }
 
 /// An id of ours, out of the raw bytes of a reply's `id`: a JSON or MessagePack string.
-fn own_id(raw: &Bytes) -> Option<PacketId> {
-    let text = match raw.as_ref() {
+fn own_id(raw: &Raw) -> Option<PacketId> {
+    let text = match &**raw {
         [b'"', text @ .., b'"'] if text.len() == PacketId::LEN => text,
         [0xb5, text @ ..] if text.len() == PacketId::LEN => text,
         text => text,

@@ -259,6 +259,7 @@ impl RegistryActor {
             let at = *index.entry(route.clone()).or_insert_with(|| {
                 entries.push(RouteEntry {
                     route: route.clone(),
+                    index: 0,
                     pattern: handler.info.pattern.clone(),
                     message: None,
                     events: Vec::new(),

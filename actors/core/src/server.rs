@@ -31,7 +31,7 @@ use crate::events::{EventBus, ServiceEvent};
 use crate::interceptor::{Interceptor, Interceptors};
 use crate::pattern::Route;
 use crate::registry::Registry;
-use crate::request::{AppData, Scope};
+use crate::request::{AppData, ServerScope};
 use crate::route::RouteTable;
 use crate::session::{
     Abandoned, ServerEnv, SessionControl, SessionEnv, SessionExit, SessionLimits, run_session,
@@ -210,7 +210,7 @@ struct ServerState {
     info: TransportInfo,
     options: ServerOptions,
     env: ServerEnvironment,
-    scope: Arc<Scope>,
+    scope: Arc<ServerScope>,
     status: StatusCell,
     child: Child,
     url: Mutex<String>,
@@ -354,7 +354,8 @@ async fn launch(
 ) -> Result<ServerHandle, StartError> {
     let tables = env.registry.watch(info.clone()).await?;
     let (ready, started) = oneshot::channel();
-    let scope = Arc::new(Scope { app: Arc::clone(&env.app), transport: info.clone(), interceptors, inherit });
+    let scope =
+        Arc::new(ServerScope { app: Arc::clone(&env.app), transport: info.clone(), interceptors, inherit });
     let child = env.child.child(Arc::clone(&info.name), kind);
     let transport = info.name.to_string();
     let state = Arc::new(ServerState {

@@ -166,7 +166,7 @@ impl NatsReader {
                     Answer::Foreign => None,
                 }
             }
-            Purpose::Cancel => Some(Inbound::Cancel { id: message.payload }),
+            Purpose::Cancel => Some(Inbound::Cancel { id: message.payload.into() }),
             Purpose::Discovery(verb) => {
                 if let (Some(service), Some(reply)) = (&link.settings.service, message.reply) {
                     link.push(reply, None, service.answer(*verb), None);
@@ -224,7 +224,7 @@ fn deliver(link: &Link, key: PatternKey, endpoint: u32, message: Message) -> Inb
         metadata: packet.metadata,
         id: packet.id,
         reply_to: NatsReplyTo { subject: reply.clone(), watched },
-        context: Arc::new(NatsContext { subject, reply, headers }),
+        context: Some(Arc::new(NatsContext { subject, reply, headers })),
     };
     if is_event { Inbound::Event(delivery) } else { Inbound::Request(delivery) }
 }

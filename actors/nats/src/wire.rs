@@ -170,7 +170,7 @@ pub(crate) fn decode_response(id: &str, status: Option<u16>, body: &Bytes) -> An
     match packet.id.as_deref() {
         Some([b'"', quoted @ .., b'"']) if quoted == id.as_bytes() => {}
         Some(other) if json::is_truthy(other) => return Answer::Foreign,
-        _ => packet.id = Some(Bytes::from(format!("\"{id}\""))),
+        _ => packet.id = Some(Bytes::from(format!("\"{id}\"")).into()),
     }
     Answer::Reply(packet)
 }

@@ -164,6 +164,10 @@ impl Session for TcpSession {
         Some(Arc::clone(&self.context) as ContextData)
     }
 
+    fn context(&self) -> Option<ContextData> {
+        Some(Arc::clone(&self.context) as ContextData)
+    }
+
     fn split(self) -> (TcpReader, TcpWriter) {
         let extensions = Rc::new(Extensions::default());
         let reader = TcpReader {
@@ -357,7 +361,7 @@ impl TcpReader {
             && let Some(id) = packet.data
         {
             // TCP-28.
-            return Ok(Inbound::Cancel { id: id.into_bytes() });
+            return Ok(Inbound::Cancel { id: id.into_bytes().into() });
         }
         if let Some(metadata) = &packet.metadata
             && !self.extensions.greeted.get()
@@ -376,7 +380,7 @@ impl TcpReader {
             metadata: packet.metadata,
             id: packet.id,
             reply_to: (),
-            context: Arc::clone(&self.context) as ContextData,
+            context: None,
         };
         Ok(if request { Inbound::Request(delivery) } else { Inbound::Event(delivery) })
     }

@@ -122,7 +122,7 @@ impl MemoryReader {
                 self.request(&bytes, headers, Some((route, subject)), to)
             }
             (Frame::Unreachable(id), _) => Inbound::Unreachable { id },
-            (Frame::Cancel(id), _) => Inbound::Cancel { id },
+            (Frame::Cancel(id), _) => Inbound::Cancel { id: id.into() },
         }
     }
 
@@ -144,6 +144,7 @@ impl MemoryReader {
         };
         let context = Arc::new(MemoryContext { peer: Arc::clone(&self.peer), headers, subject });
         let (data, metadata, id) = (packet.data, packet.metadata, packet.id);
+        let context = Some(context as ContextData);
         let delivery = Delivery { key, data, metadata, id, reply_to, context };
         if is_event { Inbound::Event(delivery) } else { Inbound::Request(delivery) }
     }
