@@ -86,7 +86,7 @@ pub(crate) fn is_cancel_subject(subject: &str) -> bool {
 
 // === requests and events ===
 
-/// NATS-4: writes the body of a request or event; the bytes are cut off `out`.
+/// Writes the body of a request or event; the bytes are cut off `out`.
 pub(crate) fn encode_request(message: &OutboundMessage, out: &mut BytesMut) -> Result<Bytes, WireError> {
     let packet = OutgoingPacket {
         pattern: PatternText::Given(&message.pattern),
@@ -132,7 +132,7 @@ fn metadata_of(headers: &Headers) -> Option<Payload> {
 
 // === replies ===
 
-/// NATS-8: writes the body of a reply; the bytes are cut off `out`.
+/// NATS-4, NATS-8: writes the body of a reply; the bytes are cut off `out`.
 pub(crate) fn encode_response(
     id: &[u8],
     body: &ResponseBody,
