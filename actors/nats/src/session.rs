@@ -374,6 +374,7 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
                 let reply = Subject::from(format!("{}{id}", self.link.inbox));
                 self.message(&mut message, Some(reply)).map_err(refused)
             }
+            // NATS-3.
             Outbound::Event(mut message) => self.message(&mut message, None).map_err(refused),
             Outbound::Response { reply_to, id, body, headers } => {
                 if let Some((endpoint, since)) = reply_to.watched
