@@ -36,7 +36,7 @@ use crate::packet::Metadata;
 use crate::pattern::Pattern;
 use crate::payload::{EncodeError, Format, Payload};
 use crate::reply::IntoRecord;
-use crate::request::{TIMEOUT_KEY, TRACEPARENT_KEY, TRACESTATE_KEY};
+use crate::request::{TRACEPARENT_KEY, TRACESTATE_KEY};
 use crate::responder::{Cancellation, SlotKey};
 use crate::session::{SessionControl, SessionEnv, SessionExit, SessionLimits, run_session};
 use crate::status::{ConnectionStatus, StatusCell};
@@ -420,21 +420,22 @@ impl Prepared {
             let left = deadline.saturating_duration_since(Instant::now());
             timeout = Some(timeout.map_or(left, |timeout| timeout.min(left)));
         }
+        let mut told = None;
         if client.shared.options.propagate {
-            if let (CallKind::Single, Some(timeout)) = (kind, timeout)
-                && metadata.get(TIMEOUT_KEY).is_none()
-            {
-                metadata.insert(TIMEOUT_KEY, timeout.as_millis().to_string());
-            }
+            // A stream's timeout is for each reply: its handler has no deadline.
+            told = timeout.filter(|_| kind == CallKind::Single);
             if let Some(trace) = ambient.and_then(|ambient| ambient.trace)
                 && metadata.get(TRACEPARENT_KEY).is_none()
             {
                 insert_trace(&mut metadata, &trace.child());
             }
         }
-        client.start()?;
-        let message = OutboundMessage { id: None, pattern, data, metadata, headers };
-        let key = client.shared.core.insert(NewCall { message, kind, timeout, idempotent })?;
+        let message = Box::new(OutboundMessage { id: None, pattern, data, metadata, timeout: told, headers });
+        let (key, connected) = client.shared.core.insert(NewCall { message, kind, timeout, idempotent })?;
+        if !connected && let Err(error) = client.start() {
+            client.shared.core.forget(key);
+            return Err(error);
+        }
         let cancelled = cancellation.map(|token| {
             Box::pin(async move { token.cancelled().await }) as Pin<Box<dyn Future<Output = ()> + Send>>
         });
@@ -454,7 +455,7 @@ impl Running {
         if self.ended {
             return Poll::Ready(None);
         }
-        let shared = Arc::clone(&self.client.shared);
+        let shared = &self.client.shared;
         if let Some(cancelled) = &mut self.cancelled
             && cancelled.as_mut().poll(cx).is_ready()
         {
@@ -463,10 +464,13 @@ impl Running {
         }
         match shared.core.poll_reply(self.key, cx) {
             Poll::Pending => Poll::Pending,
-            Poll::Ready(Some(Ok(payload))) => Poll::Ready(Some(match &shared.options.map_response {
-                Some(map) => map(payload),
-                None => Ok(payload),
-            })),
+            Poll::Ready(Some(Ok((payload, last)))) => {
+                self.ended = last;
+                Poll::Ready(Some(match &shared.options.map_response {
+                    Some(map) => map(payload),
+                    None => Ok(payload),
+                }))
+            }
             Poll::Ready(Some(Err(error))) => {
                 self.ended = true;
                 Poll::Ready(Some(Err(match (error, &shared.options.map_error) {

@@ -534,9 +534,28 @@ where
         HandlerGroup::from_parts(short_name::<A>(), handlers, move |context| {
             let child = context.child.child(short_name::<A>(), "actor");
             let escalate = context.escalate.clone();
+            let place = child.clone();
             let address = spec.clone().start(child, context.events.clone(), move |cause| (escalate.0)(cause));
-            forwards.iter().map(|forward| forward(address.clone())).collect()
+            forwards
+                .iter()
+                .map(|forward| {
+                    let routed = Routed { forward: forward(address.clone()), _place: place.clone() };
+                    Box::new(routed) as Box<dyn Endpoint>
+                })
+                .collect()
         })
+    }
+}
+
+/// A route to an actor. Keeps the actor's place in the tree, so that one that gave up is still seen there.
+struct Routed {
+    forward: Box<dyn Endpoint>,
+    _place: Child,
+}
+
+impl Endpoint for Routed {
+    fn call(&self, request: Request) -> Outcome {
+        self.forward.call(request)
     }
 }
 
@@ -748,14 +767,14 @@ fn with_interceptors(group: &HandlerGroup, global: &Arc<[Arc<dyn Interceptor>]>)
             .map(|(endpoint, chain)| {
                 let (endpoint, chain, global) = (Rc::new(endpoint), Arc::clone(chain), Arc::clone(&global));
                 Box::new(move |request: Request| {
-                    let inherits = request.scope.inherit && !global.is_empty();
-                    if !inherits && chain.is_empty() && request.scope.interceptors.is_empty() {
+                    let inherits = request.0.scope.server.inherit && !global.is_empty();
+                    if !inherits && chain.is_empty() && request.0.scope.server.interceptors.is_empty() {
                         return endpoint.call(request);
                     }
                     let (endpoint, chain, global) =
                         (Rc::clone(&endpoint), Arc::clone(&chain), Arc::clone(&global));
                     Outcome::future(async move {
-                        let scope = Arc::clone(&request.scope);
+                        let scope = Arc::clone(&request.0.scope.server);
                         let inherited: &[_] = if scope.inherit { &global } else { &[] };
                         Next::new([&scope.interceptors, inherited, &chain], &**endpoint).run(request).await
                     })
@@ -814,7 +833,7 @@ impl Replica {
             responder.fail(&RpcError::unexpected(format!("handler {} gave up: {cause}", handler.route)));
             return;
         }
-        if let Some(deadline) = request.deadline
+        if let Some(deadline) = request.0.deadline
             && Instant::now() >= deadline
         {
             // Its caller has stopped waiting: running it would be work for nobody.
@@ -822,7 +841,7 @@ impl Replica {
             return;
         }
         if !self.poison.borrow().is_empty()
-            && let Some(kills) = self.kills(&handler.route, request.data.as_ref())
+            && let Some(kills) = self.kills(&handler.route, request.0.data.as_ref())
         {
             self.context.events.emit(ServiceEvent::PoisonRefused { route: handler.route.clone(), kills });
             responder.fail(&poisoned(kills));
@@ -830,9 +849,9 @@ impl Replica {
         }
         handler.stats.in_flight.add(1);
         handler.running.set(handler.running.get() + 1);
-        let data = request.data.clone();
-        let deadline = request.deadline;
-        let ambient = request.metadata.is_some().then(|| Ambient { trace: request.trace(), deadline });
+        let data = request.0.data.as_ref().filter(|_| self.supervision.poison_after > 0).cloned();
+        let deadline = request.0.deadline;
+        let ambient = request.0.metadata.is_some().then(|| Ambient { trace: request.trace(), deadline });
         let endpoints = Rc::clone(&self.endpoints.borrow());
         let enter = |work: &mut dyn FnMut() -> Poll<HandlerResult>| match &ambient {
             Some(ambient) => ambient.enter(work),

@@ -19,7 +19,7 @@ use crate::handler::{BUILD_TIMEOUT, EscalateFn, HandlerActor, HandlerGroup, Plac
 use crate::interceptor::Interceptor;
 use crate::pattern::Route;
 use crate::route::{HandlerKind, HandlerRef, HandlerReport, HandlerStats, Replicas, RouteEntry, RouteTable};
-use crate::supervise::Child;
+use crate::supervise::{Child, Escalation};
 use crate::transport::{TransportId, TransportInfo};
 
 /// Names a registration, so that it can be taken back.
@@ -259,6 +259,7 @@ impl RegistryActor {
             let at = *index.entry(route.clone()).or_insert_with(|| {
                 entries.push(RouteEntry {
                     route: route.clone(),
+                    index: 0,
                     pattern: handler.info.pattern.clone(),
                     message: None,
                     events: Vec::new(),
@@ -291,6 +292,11 @@ async fn build_groups(
             Placement::Singleton => 1,
         };
         let group = Arc::new(group);
+        // An actor of the group that gives up escalates as its group does.
+        let escalate = match group.supervision.escalation {
+            Escalation::StopService => escalate.clone(),
+            Escalation::Isolate => EscalateFn(Arc::new(|_| {})),
+        };
         let mut building = Vec::new();
         let mut replica_stats: Vec<Vec<Arc<HandlerStats>>> = Vec::new();
         for arbiter in 0..count {

@@ -123,6 +123,8 @@ impl fmt::Debug for HandlerRef {
 #[derive(Debug)]
 pub struct RouteEntry {
     pub(crate) route: Route,
+    /// Its place in the table.
+    pub(crate) index: u32,
     pub(crate) pattern: Pattern,
     pub(crate) message: Option<Arc<HandlerRef>>,
     pub(crate) events: Vec<Arc<HandlerRef>>,
@@ -159,7 +161,8 @@ pub struct RouteTable {
 impl RouteTable {
     pub(crate) fn build(entries: Vec<RouteEntry>) -> Self {
         let mut table = Self::default();
-        for entry in entries {
+        for (index, mut entry) in entries.into_iter().enumerate() {
+            entry.index = index as u32;
             let entry = Arc::new(entry);
             for spelling in entry.route.raw_spellings() {
                 table.spellings.insert(spelling.into_boxed_slice(), Arc::clone(&entry));
@@ -168,6 +171,11 @@ impl RouteTable {
             table.routes.insert(entry.route.clone(), entry);
         }
         table
+    }
+
+    /// The route at a place.
+    pub(crate) fn route_at(&self, index: u32) -> Option<&Route> {
+        self.order.get(index as usize)
     }
 
     /// Finds a route by its canonical text.

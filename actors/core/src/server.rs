@@ -31,7 +31,7 @@ use crate::events::{EventBus, ServiceEvent};
 use crate::interceptor::{Interceptor, Interceptors};
 use crate::pattern::Route;
 use crate::registry::Registry;
-use crate::request::{AppData, Scope};
+use crate::request::{AppData, ServerScope};
 use crate::route::RouteTable;
 use crate::session::{
     Abandoned, ServerEnv, SessionControl, SessionEnv, SessionExit, SessionLimits, run_session,
@@ -210,7 +210,7 @@ struct ServerState {
     info: TransportInfo,
     options: ServerOptions,
     env: ServerEnvironment,
-    scope: Arc<Scope>,
+    scope: Arc<ServerScope>,
     status: StatusCell,
     child: Child,
     url: Mutex<String>,
@@ -354,7 +354,8 @@ async fn launch(
 ) -> Result<ServerHandle, StartError> {
     let tables = env.registry.watch(info.clone()).await?;
     let (ready, started) = oneshot::channel();
-    let scope = Arc::new(Scope { app: Arc::clone(&env.app), transport: info.clone(), interceptors, inherit });
+    let scope =
+        Arc::new(ServerScope { app: Arc::clone(&env.app), transport: info.clone(), interceptors, inherit });
     let child = env.child.child(Arc::clone(&info.name), kind);
     let transport = info.name.to_string();
     let state = Arc::new(ServerState {
@@ -437,6 +438,11 @@ impl Handler<DriverEnded> for ServerActor {
                     });
                     (self.state.env.escalate.0)(format!("{}: {cause}", self.state.info.name));
                 }
+            }
+            Err(cause) if self.state.is_starting() => {
+                self.state.status.set(ConnectionStatus::Disconnected);
+                self.state.child.failed_with(ChildState::Failed, &cause);
+                self.state.ready(Err(SessionError::fatal(format!("the transporter panicked: {cause}"))));
             }
             Err(cause) => {
                 self.state.child.failed_with(ChildState::Restarting, &cause);
@@ -729,9 +735,14 @@ async fn serve_peer<P: Open>(
 ) {
     let _listed = listed;
     let limit = state.options.handshake_timeout;
-    let session = match tokio::time::timeout(limit, peer.open()).await {
-        Ok(Ok(session)) => session,
-        Ok(Err(error)) => return state.session_failed(None, error),
+    let opening = AssertUnwindSafe(peer.open()).catch_unwind();
+    let session = match tokio::time::timeout(limit, opening).await {
+        Ok(Ok(Ok(session))) => session,
+        Ok(Ok(Err(error))) => return state.session_failed(None, error),
+        Ok(Err(panic)) => {
+            let error = SessionError::lost(format!("the session panicked: {}", panic_text(panic)));
+            return state.session_failed(None, error);
+        }
         Err(_) => {
             return state
                 .session_failed(None, SessionError::refused(format!("no handshake within {limit:?}")));

@@ -15,7 +15,6 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use actix::prelude::SendError;
-use bytes::Bytes;
 use futures::task::AtomicWaker;
 use parking_lot::Mutex;
 use slab::Slab;
@@ -28,10 +27,10 @@ use crate::error::SessionError;
 use crate::events::{EventBus, ServiceEvent};
 use crate::handler::{Invoke, InvokeBatch, overloaded};
 use crate::headers::Headers;
-use crate::packet::ResponseBody;
+use crate::packet::{Raw, ResponseBody};
 use crate::pattern::Route;
 use crate::payload::Format;
-use crate::request::{MessageKind, Request, Scope, TIMEOUT_KEY};
+use crate::request::{MessageKind, Parts, Request, Scope, ServerScope, TIMEOUT_KEY};
 use crate::responder::{Cancellation, ChainSink, Gone, ReplySink, Responder, SlotKey};
 use crate::route::{HandlerRef, RouteTable};
 use crate::transport::{
@@ -126,7 +125,7 @@ pub(crate) struct SessionExit {
 /// What a session needs to serve.
 #[derive(Clone)]
 pub(crate) struct ServerEnv {
-    pub(crate) scope: Arc<Scope>,
+    pub(crate) scope: Arc<ServerScope>,
     pub(crate) tables: watch::Receiver<Arc<RouteTable>>,
     pub(crate) arbiter: usize,
     /// The routes that the session was dialled with.
@@ -164,8 +163,8 @@ struct Slot<R> {
     generation: u32,
     kind: MessageKind,
     reply_to: R,
-    id: Bytes,
-    route: Route,
+    id: Raw,
+    route: SlotRoute,
     /// Handlers that have not ended; more than one for a chain of event handlers.
     remaining: u32,
     failed: bool,
@@ -174,8 +173,14 @@ struct Slot<R> {
     cancellation: Option<Cancellation>,
 }
 
+/// What a slot serves: a place in the session's table, or by name once that table was replaced.
+enum SlotRoute {
+    At(u32),
+    Named(Option<Route>),
+}
+
 impl<R: Clone + Send + 'static> Shared<R> {
-    fn admit(&self, kind: MessageKind, reply_to: R, id: Bytes, route: Route, handlers: u32) -> SlotKey {
+    fn admit(&self, kind: MessageKind, reply_to: R, id: Raw, route: u32, handlers: u32) -> SlotKey {
         let mut inner = self.inner.lock();
         inner.generation = inner.generation.wrapping_add(1);
         let generation = inner.generation;
@@ -184,7 +189,7 @@ impl<R: Clone + Send + 'static> Shared<R> {
             kind,
             reply_to,
             id,
-            route,
+            route: SlotRoute::At(route),
             remaining: handlers,
             failed: false,
             cancelled: false,
@@ -292,6 +297,8 @@ struct Loop<S: Session> {
     shared: Arc<Shared<S::ReplyTo>>,
     /// The same, as the responders see it.
     sink: Arc<dyn ReplySink>,
+    /// What its requests have in common; a client's has none.
+    scope: Option<Arc<Scope>>,
     table: Arc<RouteTable>,
     subscribed: HashSet<Route>,
     table_changed: Option<Pin<Box<dyn Future<Output = watch::Receiver<Arc<RouteTable>>>>>>,
@@ -315,6 +322,7 @@ struct Loop<S: Session> {
 pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> SessionExit {
     let started = Instant::now();
     let peer = session.peer();
+    let context = session.context();
     let (reader, writer) = session.split();
     let shared = Arc::new(Shared {
         control: Arc::clone(&env.control),
@@ -334,11 +342,15 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         Some(server) if env.transport.subscribes => Some(watch_tables(server.tables.clone())),
         _ => None,
     };
+    let sink = Arc::clone(&shared) as Arc<dyn ReplySink>;
     let mut session = Loop::<S> {
         reader,
         writer,
         peer,
-        sink: Arc::clone(&shared) as Arc<dyn ReplySink>,
+        scope: env.server.as_ref().map(|server| {
+            Arc::new(Scope { server: Arc::clone(&server.scope), context, sink: Arc::clone(&sink) })
+        }),
+        sink,
         shared,
         table,
         subscribed,
@@ -360,7 +372,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         Some(error) => format!("the connection was lost: {error}"),
         None => "the grace period ended".to_owned(),
     };
-    let abandoned = guard.0.close(&session.env.transport, &why);
+    let abandoned = guard.0.close(&session.env.transport, &session.table, &why);
     if let Some(client) = &session.env.client {
         let cause = cause.clone().unwrap_or_else(|| SessionError::lost("the connection was closed"));
         client.session_ended(&cause);
@@ -390,7 +402,7 @@ struct CloseGuard<R: Clone + Send + 'static>(Arc<Shared<R>>, Option<Arc<ClientCo
 impl<R: Clone + Send + 'static> Drop for CloseGuard<R> {
     fn drop(&mut self) {
         let info = TransportInfo::new(crate::transport::TransportId::custom(u16::MAX), "");
-        self.0.close(&info, "the session was dropped");
+        self.0.close(&info, &RouteTable::default(), "the session was dropped");
         if let Some(client) = &self.1 {
             client.session_ended(&SessionError::lost("the session was dropped"));
         }
@@ -399,7 +411,7 @@ impl<R: Clone + Send + 'static> Drop for CloseGuard<R> {
 
 impl<R: Clone + Send + 'static> Shared<R> {
     /// No reply can leave any more: tells everyone who works for this session.
-    fn close(&self, transport: &TransportInfo, why: &str) -> Vec<Abandoned> {
+    fn close(&self, transport: &TransportInfo, table: &RouteTable, why: &str) -> Vec<Abandoned> {
         let mut inner = self.inner.lock();
         if std::mem::replace(&mut inner.closed, true) {
             return Vec::new();
@@ -410,10 +422,14 @@ impl<R: Clone + Send + 'static> Shared<R> {
         let mut abandoned = Vec::new();
         for (_, slot) in &inner.slots {
             cancellations.extend(slot.cancellation.clone());
+            let route = match &slot.route {
+                SlotRoute::At(index) => table.route_at(*index),
+                SlotRoute::Named(route) => route.as_ref(),
+            };
             if !slot.cancelled {
                 abandoned.push(Abandoned {
                     transport: transport.name.to_string(),
-                    route: slot.route.to_string(),
+                    route: route.map(Route::to_string).unwrap_or_default(),
                     request: slot.kind == MessageKind::Request,
                     why: why.to_owned(),
                 });
@@ -520,7 +536,7 @@ impl<S: Session> Loop<S> {
     fn take_route_changes(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
         while let Some(changed) = &mut self.table_changed {
             let Poll::Ready(mut tables) = changed.as_mut().poll(cx) else { return Ok(()) };
-            self.table = Arc::clone(&tables.borrow_and_update());
+            self.replace_table(Arc::clone(&tables.borrow_and_update()));
             self.table_changed = Some(watch_tables(tables));
             if self.draining {
                 continue;
@@ -561,8 +577,10 @@ impl<S: Session> Loop<S> {
         let client = Arc::clone(client);
         while self.writer.pending_bytes() < self.env.limits.high_water_bytes {
             let Some((key, item)) = client.next_outbound() else { return Ok(false) };
+            let is_event = matches!(item, Outbound::Event(_));
             match self.writer.write(item) {
-                Ok(()) => client.written(key),
+                Ok(()) if is_event => client.written(key),
+                Ok(()) => {}
                 Err(WriteError::Item(reason)) => client.refused(key, reason),
                 Err(WriteError::Session(error)) => return Err(error),
             }
@@ -688,7 +706,7 @@ impl<S: Session> Loop<S> {
         });
     }
 
-    fn cancel(&mut self, id: &Bytes) {
+    fn cancel(&mut self, id: &Raw) {
         let mut inner = self.shared.inner.lock();
         let found = inner.slots.iter_mut().find(|(_, slot)| slot.id == *id && !slot.cancelled);
         let Some((_, slot)) = found else { return };
@@ -708,13 +726,23 @@ impl<S: Session> Loop<S> {
             && let Some(server) = &mut self.env.server
             && server.tables.has_changed().unwrap_or(false)
         {
-            self.table = Arc::clone(&server.tables.borrow_and_update());
+            let table = Arc::clone(&server.tables.borrow_and_update());
+            self.replace_table(table);
         }
+    }
+
+    /// Works with a new table; requests in flight keep the names of their routes.
+    fn replace_table(&mut self, table: Arc<RouteTable>) {
+        for (_, slot) in &mut self.shared.inner.lock().slots {
+            if let SlotRoute::At(index) = slot.route {
+                slot.route = SlotRoute::Named(self.table.route_at(index).cloned());
+            }
+        }
+        self.table = table;
     }
 
     fn dispatch(&mut self, kind: MessageKind, delivery: Delivery<S::ReplyTo>) -> Result<(), SessionError> {
         self.refresh_table();
-        let Some(server) = &self.env.server else { return Ok(()) };
         let entry = match &delivery.key {
             PatternKey::Raw(raw) => self.table.find(self.env.transport.format, raw),
             PatternKey::Route(route) => self.table.get(route),
@@ -733,10 +761,11 @@ impl<S: Session> Loop<S> {
             (_, _, events) => events,
         };
         let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };
-        let slot = self.shared.admit(kind, reply_to, id.unwrap_or_default(), entry.route.clone(), handlers);
+        let slot = self.shared.admit(kind, reply_to, id.unwrap_or_default(), entry.index, handlers);
         self.admitted += 1;
-        let request = Request {
-            scope: Arc::clone(&server.scope),
+        let Some(scope) = &self.scope else { return Ok(()) };
+        let request = Request(Box::new(Parts {
+            scope: Arc::clone(scope),
             entry: Arc::clone(&entry),
             kind,
             raw_pattern: match key {
@@ -747,10 +776,9 @@ impl<S: Session> Loop<S> {
             metadata,
             context,
             deadline,
-            sink: Arc::clone(&self.sink),
             slot,
             extensions: None,
-        };
+        }));
         match chain {
             [only] => {
                 let responder = Responder::new(Arc::clone(&self.sink), slot, format);

@@ -10,7 +10,7 @@ use std::pin::Pin;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
 use async_nats::message::OutboundMessage;
 use async_nats::{Client, Event, HeaderMap, ServerError, Subject, Subscriber};
@@ -111,12 +111,20 @@ struct Out {
     sink: Client,
     queue: VecDeque<OutboundMessage>,
     bytes: usize,
+    /// The driver's task has ended.
+    failed: bool,
+}
+
+/// Whether the driver's task was there to take a message. Sizes were checked before; a broker that has
+/// lowered its bound since drops one message, not the session.
+fn sent(result: Result<(), async_nats::PublishError>) -> bool {
+    !matches!(result, Err(error) if error.kind() == async_nats::client::PublishErrorKind::Send)
 }
 
 impl Link {
     pub(crate) fn new(client: Client, signals: Arc<Signals>, settings: Arc<Settings>) -> Rc<Self> {
         let inbox = format!("{}.", client.new_inbox());
-        let out = Out { sink: client.clone(), queue: VecDeque::new(), bytes: 0 };
+        let out = Out { sink: client.clone(), queue: VecDeque::new(), bytes: 0, failed: false };
         Rc::new(Self {
             client,
             signals,
@@ -142,8 +150,17 @@ impl Link {
         headers: Option<HeaderMap>,
     ) {
         let mut out = self.out.borrow_mut();
-        out.bytes += subject.len() + payload.len();
-        out.queue.push_back(OutboundMessage { subject, reply, payload, headers });
+        let message = OutboundMessage { subject, reply, payload, headers };
+        // Straight to the driver while it has room; an error is met again when flushing.
+        let mut nobody = Context::from_waker(Waker::noop());
+        if out.queue.is_empty()
+            && matches!(Pin::new(&mut out.sink).poll_ready(&mut nobody), Poll::Ready(Ok(())))
+        {
+            out.failed |= !sent(Pin::new(&mut out.sink).start_send(message));
+            return;
+        }
+        out.bytes += message.subject.len() + message.payload.len();
+        out.queue.push_back(message);
     }
 
     pub(crate) fn pending_bytes(&self) -> usize {
@@ -160,17 +177,15 @@ impl Link {
             std::task::ready!(Pin::new(&mut out.sink).poll_ready(cx)).map_err(gone)?;
             let Some(message) = out.queue.pop_front() else { break };
             out.bytes -= message.subject.len() + message.payload.len();
-            // Sizes were checked when it was taken; the broker may have lowered its bound since.
-            if let Err(error) = Pin::new(&mut out.sink).start_send(message)
-                && error.kind() == async_nats::client::PublishErrorKind::Send
-            {
-                return Poll::Ready(Err(self.lost()));
-            }
+            out.failed |= !sent(Pin::new(&mut out.sink).start_send(message));
+        }
+        if out.failed {
+            return Poll::Ready(Err(self.lost()));
         }
         chores.map(Ok)
     }
 
-    /// Why the session is over.
+    /// Why the session is over; calls under way end with it (NATS-18).
     pub(crate) fn lost(&self) -> SessionError {
         match self.last_words.borrow().as_deref() {
             Some(words) => SessionError::lost(format!("the connection to the broker was lost: {words}")),
@@ -204,6 +219,7 @@ impl Link {
 
     /// Subscribes a route, and the cancellations of its requests.
     pub(crate) async fn serve(&self, subscription: &Subscription) -> Result<(), SessionError> {
+        // NATS-1, NATS-7, NATS-14, NATS-15: the broker matches, the subscription says which route.
         let own = subscription.extras.get("queue").and_then(serde_json::Value::as_str);
         let queue = own.or(self.settings.queue.as_deref()).filter(|queue| !queue.is_empty());
         let route = &subscription.route;
@@ -262,7 +278,7 @@ impl Link {
         }
     }
 
-    /// Tells the broker to send no more on these subscriptions, and goes on reading them.
+    /// NATS-19: tells the broker to send no more on these subscriptions, and goes on reading them.
     ///
     /// The driver's `unsubscribe` and `drain` drop what is under way from the broker. A number of messages
     /// that the broker cannot read as one makes it end the subscription at once (as `UNSUB` without a number

@@ -128,8 +128,9 @@ impl<T, S: Stream + Unpin> Merge<T, S> {
                     }
                     return Poll::Ready((key, item));
                 }
-                Poll::Pending if slot.node.queued.load(Ordering::Acquire) => {
-                    // It woke itself: the task has had its share of the thread.
+                Poll::Pending if !tokio::task::coop::has_budget_remaining() => {
+                    // It may well have something: the task has had its share of the thread.
+                    slot.node.wake_by_ref();
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
                 }

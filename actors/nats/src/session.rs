@@ -68,9 +68,16 @@ impl Session for NatsSession {
             phase: Phase::Open,
             reports: VecDeque::new(),
             dropped: 0,
+            progress: false,
         };
         let max_header_bytes = self.link.settings.common.max_header_bytes;
-        let writer = NatsWriter { link: self.link, buffer: BytesMut::new(), max_header_bytes, closing: None };
+        let writer = NatsWriter {
+            link: self.link,
+            buffer: BytesMut::new(),
+            deadline_headers: wire::DeadlineHeaders::default(),
+            max_header_bytes,
+            closing: None,
+        };
         (reader, writer)
     }
 }
@@ -85,6 +92,8 @@ pub struct NatsReader {
     reports: VecDeque<String>,
     /// Messages that were dropped since the session began.
     dropped: u64,
+    /// Something arrived since it was last looked.
+    progress: bool,
 }
 
 impl std::fmt::Debug for NatsReader {
@@ -166,7 +175,7 @@ impl NatsReader {
                     Answer::Foreign => None,
                 }
             }
-            Purpose::Cancel => Some(Inbound::Cancel { id: message.payload }),
+            Purpose::Cancel => Some(Inbound::Cancel { id: message.payload.into() }),
             Purpose::Discovery(verb) => {
                 if let (Some(service), Some(reply)) = (&link.settings.service, message.reply) {
                     link.push(reply, None, service.answer(*verb), None);
@@ -182,8 +191,16 @@ impl NatsReader {
     fn is_drained(&mut self, cx: &mut Context<'_>) -> bool {
         if let Phase::Draining { probe, limit } = &mut self.phase {
             let returned = probe.get().is_some_and(|probe| self.link.probed.get() >= probe);
-            if !returned && limit.as_mut().poll(cx).is_pending() {
-                return false;
+            if !returned {
+                if limit.as_mut().poll(cx).is_pending() {
+                    return false;
+                }
+                if std::mem::take(&mut self.progress) {
+                    // The broker is still sending: the limit is for one that does not answer.
+                    limit.as_mut().reset(tokio::time::Instant::now() + ROUND_TRIP_LIMIT);
+                    cx.waker().wake_by_ref();
+                    return false;
+                }
             }
             self.phase = Phase::Last;
             // What arrived before the probe may have to be asked for once more.
@@ -224,7 +241,7 @@ fn deliver(link: &Link, key: PatternKey, endpoint: u32, message: Message) -> Inb
         metadata: packet.metadata,
         id: packet.id,
         reply_to: NatsReplyTo { subject: reply.clone(), watched },
-        context: Arc::new(NatsContext { subject, reply, headers }),
+        context: Some(Arc::new(NatsContext { subject, reply, headers })),
     };
     if is_event { Inbound::Event(delivery) } else { Inbound::Request(delivery) }
 }
@@ -244,6 +261,7 @@ impl SessionReader<NatsReplyTo> for NatsReader {
             let next = self.link.streams.borrow_mut().poll_next(cx);
             match next {
                 Poll::Ready((key, Some(message))) => {
+                    self.progress = true;
                     if let Some(inbound) = self.read(key, message, cx) {
                         return Poll::Ready(Some(Ok(inbound)));
                     }
@@ -294,6 +312,7 @@ impl SessionReader<NatsReplyTo> for NatsReader {
 pub struct NatsWriter {
     link: Rc<Link>,
     buffer: BytesMut,
+    deadline_headers: wire::DeadlineHeaders,
     max_header_bytes: usize,
     closing: Option<LocalBoxFuture<'static, Result<(), SessionError>>>,
 }
@@ -305,9 +324,17 @@ impl std::fmt::Debug for NatsWriter {
 }
 
 impl NatsWriter {
-    fn message(&mut self, message: &OutboundMessage, reply: Option<Subject>) -> Result<(), WireError> {
-        let fixed = &self.link.settings.headers;
-        let headers = wire::headers_for(&message.headers, fixed, &message.metadata, self.max_header_bytes)?;
+    fn message(&mut self, message: &mut OutboundMessage, reply: Option<Subject>) -> Result<(), WireError> {
+        message.put_timeout();
+        let (own, fixed, limit) = (&message.headers, &self.link.settings.headers, self.max_header_bytes);
+        let usual = match own.is_empty() && fixed.is_empty() {
+            true => self.deadline_headers.of(&message.metadata, limit),
+            false => None,
+        };
+        let headers = match usual {
+            Some(headers) => Some(headers),
+            None => wire::headers_for(own, fixed, &message.metadata, limit)?,
+        };
         let body = wire::encode_request(message, &mut self.buffer)?;
         wire::check_size(headers.as_ref(), body.len(), self.link.client.max_payload())?;
         self.link.push(Subject::from(message.pattern.route().as_str()), reply, body, headers);
@@ -341,13 +368,14 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
     fn write(&mut self, item: Outbound<NatsReplyTo>) -> Result<(), WriteError> {
         let refused = |error: WireError| WriteError::Item(Arc::new(error));
         match item {
-            Outbound::Request(message) => {
+            Outbound::Request(mut message) => {
                 // Always present on requests.
                 let Some(id) = message.id else { return Ok(()) };
                 let reply = Subject::from(format!("{}{id}", self.link.inbox));
-                self.message(&message, Some(reply)).map_err(refused)
+                self.message(&mut message, Some(reply)).map_err(refused)
             }
-            Outbound::Event(message) => self.message(&message, None).map_err(refused),
+            // NATS-3.
+            Outbound::Event(mut message) => self.message(&mut message, None).map_err(refused),
             Outbound::Response { reply_to, id, body, headers } => {
                 if let Some((endpoint, since)) = reply_to.watched
                     && let Some(service) = &self.link.settings.service

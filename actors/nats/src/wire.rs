@@ -16,7 +16,7 @@ use martlet_core::payload::{Format, Payload};
 use martlet_core::request::{TIMEOUT_KEY, TRACEPARENT_KEY, TRACESTATE_KEY};
 use martlet_core::transport::OutboundMessage;
 
-/// Metadata that also travels as headers, for services that read headers only.
+/// NATS-20: metadata that also travels as headers, for services that read headers only.
 pub(crate) const HEADER_METADATA: [&str; 3] = [TRACEPARENT_KEY, TRACESTATE_KEY, TIMEOUT_KEY];
 
 /// What the subjects of cancellations begin with.
@@ -61,7 +61,7 @@ pub enum WireError {
 
 // === subjects ===
 
-/// Checks that a route can be a subject.
+/// Checks that a route can be a subject (NATS-16).
 pub(crate) fn check_subject(route: &str) -> Result<(), String> {
     if route.is_empty() {
         return Err("a NATS subject cannot be empty".to_owned());
@@ -75,7 +75,7 @@ pub(crate) fn check_subject(route: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Where cancellations of requests to a route go.
+/// Where cancellations of requests to a route go (NATS-21).
 pub(crate) fn cancel_subject(route: &str) -> String {
     format!("{CANCEL_PREFIX}{route}")
 }
@@ -86,8 +86,19 @@ pub(crate) fn is_cancel_subject(subject: &str) -> bool {
 
 // === requests and events ===
 
+/// How large a piece of memory is from which bodies are cut.
+const CHUNK: usize = 16 * 1024;
+
+/// Makes sure that a small body can be cut off without an allocation of its own.
+fn refill(out: &mut BytesMut) {
+    if out.capacity() < 256 {
+        *out = BytesMut::with_capacity(CHUNK);
+    }
+}
+
 /// Writes the body of a request or event; the bytes are cut off `out`.
 pub(crate) fn encode_request(message: &OutboundMessage, out: &mut BytesMut) -> Result<Bytes, WireError> {
+    refill(out);
     let packet = OutgoingPacket {
         pattern: PatternText::Given(&message.pattern),
         data: Some(&message.data),
@@ -107,7 +118,7 @@ fn finish(result: Result<(), CodecError>, out: &mut BytesMut) -> Result<Bytes, W
     }
 }
 
-/// Reads a request or event. An empty body and one that is not JSON are errors: they end a NestJS service,
+/// NATS-2, NATS-6: reads a request or event. An empty body and one that is not JSON are errors (NATS-5): they end a NestJS service,
 /// not this one.
 pub(crate) fn decode_request(body: &Bytes, headers: &Headers) -> Result<IncomingPacket, String> {
     if body.is_empty() {
@@ -132,13 +143,13 @@ fn metadata_of(headers: &Headers) -> Option<Payload> {
 
 // === replies ===
 
-/// Writes the body of a reply; the bytes are cut off `out`.
+/// NATS-4, NATS-8: writes the body of a reply; the bytes are cut off `out`.
 pub(crate) fn encode_response(
     id: &[u8],
     body: &ResponseBody,
     out: &mut BytesMut,
 ) -> Result<Bytes, WireError> {
-    out.reserve(96);
+    refill(out);
     finish(JsonCodec.encode_response(Some(id), body, None, out), out)
 }
 
@@ -155,7 +166,7 @@ pub(crate) enum Answer {
 
 /// Reads a message on the reply subject of the request `id`.
 ///
-/// A body without id is accepted; one that is not JSON becomes the reply as it is, so that the call ends
+/// NATS-9, NATS-10. A body without id is accepted; one that is not JSON becomes the reply as it is, so that the call ends
 /// (with a decoding error) instead of waiting for its timeout.
 pub(crate) fn decode_response(id: &str, status: Option<u16>, body: &Bytes) -> Answer {
     if status == Some(503) || body.is_empty() {
@@ -170,7 +181,7 @@ pub(crate) fn decode_response(id: &str, status: Option<u16>, body: &Bytes) -> An
     match packet.id.as_deref() {
         Some([b'"', quoted @ .., b'"']) if quoted == id.as_bytes() => {}
         Some(other) if json::is_truthy(other) => return Answer::Foreign,
-        _ => packet.id = Some(Bytes::from(format!("\"{id}\""))),
+        _ => packet.id = Some(Bytes::from(format!("\"{id}\"")).into()),
     }
     Answer::Reply(packet)
 }
@@ -197,7 +208,7 @@ pub(crate) fn header_bytes(map: &HeaderMap) -> usize {
     "NATS/1.0\r\n\r\n".len() + lines.sum::<usize>()
 }
 
-/// The headers of a message: its own, then those of the options that it does not have, then the metadata
+/// NATS-11, NATS-12: the headers of a message: its own, then those of the options that it does not have, then the metadata
 /// that also travels as headers. `None` when there are none.
 pub(crate) fn headers_for(
     own: &Headers,
@@ -214,12 +225,13 @@ pub(crate) fn headers_for(
         append(&mut map, name, value)?;
     }
     for (name, value) in propagated.filter(|(name, _)| !own.contains(name) && !fixed.contains(name)) {
-        append(&mut map, name, value)?;
+        append_value(&mut map, HeaderName::from_static(name), value)?;
     }
     if map.is_empty() {
         return Ok(None);
     }
     let size = header_bytes(&map);
+    // NATS-13.
     if size > limit {
         return Err(WireError::HeadersTooLarge { size, limit });
     }
@@ -229,10 +241,36 @@ pub(crate) fn headers_for(
 fn append(map: &mut HeaderMap, name: &str, value: &str) -> Result<(), WireError> {
     let bad_name = |_| WireError::HeaderName { name: name.to_owned() };
     let name = HeaderName::from_str(name).map_err(bad_name)?;
+    append_value(map, name, value)
+}
+
+fn append_value(map: &mut HeaderMap, name: HeaderName, value: &str) -> Result<(), WireError> {
     let value = HeaderValue::from_str(value)
         .map_err(|_| WireError::HeaderValue { name: AsRef::<str>::as_ref(&name).to_owned() })?;
     map.append(name, value);
     Ok(())
+}
+
+/// The headers of messages that have nothing but a deadline: most calls of a client have the same one.
+#[derive(Debug, Default)]
+pub(crate) struct DeadlineHeaders {
+    last: Option<(Box<str>, HeaderMap)>,
+}
+
+impl DeadlineHeaders {
+    /// As [`headers_for`], where that has nothing to add but the deadline; `None` elsewhere.
+    pub(crate) fn of(&mut self, metadata: &Metadata, limit: usize) -> Option<HeaderMap> {
+        let mut entries = metadata.iter();
+        let (Some((TIMEOUT_KEY, value)), None) = (entries.next(), entries.next()) else { return None };
+        if let Some((last, map)) = &self.last
+            && **last == *value
+        {
+            return Some(map.clone());
+        }
+        let map = headers_for(&Headers::new(), &Headers::new(), metadata, limit).ok()??;
+        self.last = Some((value.into(), map.clone()));
+        Some(map)
+    }
 }
 
 /// Checks a message against the broker's bound.

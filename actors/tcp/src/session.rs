@@ -130,8 +130,17 @@ struct Extensions {
     /// Server: the peer speaks Martlet's extensions and has not been answered yet.
     greet: Cell<bool>,
     greeted: Cell<bool>,
-    /// Client: the peer understands cancellation.
+    /// Client: the peer understands cancellation and deadlines.
     peer_cancels: Cell<bool>,
+    /// Client: the peer has answered something.
+    peer_answered: Cell<bool>,
+}
+
+impl Extensions {
+    /// Whether the peer understands Martlet's extensions, or has not shown yet that it does not.
+    fn peer_may_listen(&self) -> bool {
+        self.peer_cancels.get() || !self.peer_answered.get()
+    }
 }
 
 impl TcpSession {
@@ -161,6 +170,10 @@ impl Session for TcpSession {
     }
 
     fn native(&self) -> Option<ContextData> {
+        Some(Arc::clone(&self.context) as ContextData)
+    }
+
+    fn context(&self) -> Option<ContextData> {
         Some(Arc::clone(&self.context) as ContextData)
     }
 
@@ -335,7 +348,7 @@ impl TcpReader {
     /// Reads one packet; `None` for one that is between Martlet peers alone.
     fn packet(&mut self, frame: Bytes) -> Result<Option<Inbound<()>>, CodecError> {
         match self.role {
-            Role::Server => self.request(&frame).map(Some),
+            Role::Server => self.request(frame).map(Some),
             Role::Client => {
                 // TCP-17, TCP-27.
                 let packet = self.codec.decode_response(&frame)?;
@@ -343,13 +356,14 @@ impl TcpReader {
                     self.extensions.peer_cancels.set(true);
                     return Ok(None);
                 }
+                self.extensions.peer_answered.set(true);
                 Ok(Some(Inbound::Response(packet)))
             }
         }
     }
 
-    fn request(&mut self, frame: &Bytes) -> Result<Inbound<()>, CodecError> {
-        let packet = self.codec.decode_request(frame)?;
+    fn request(&mut self, frame: Bytes) -> Result<Inbound<()>, CodecError> {
+        let packet = self.codec.decode_request_owned(frame)?;
         // TCP-13.
         let pattern = packet.pattern.unwrap_or_default();
         if packet.id.is_none()
@@ -357,7 +371,7 @@ impl TcpReader {
             && let Some(id) = packet.data
         {
             // TCP-28.
-            return Ok(Inbound::Cancel { id: id.into_bytes() });
+            return Ok(Inbound::Cancel { id: id.into_bytes().into() });
         }
         if let Some(metadata) = &packet.metadata
             && !self.extensions.greeted.get()
@@ -376,7 +390,7 @@ impl TcpReader {
             metadata: packet.metadata,
             id: packet.id,
             reply_to: (),
-            context: Arc::clone(&self.context) as ContextData,
+            context: None,
         };
         Ok(if request { Inbound::Request(delivery) } else { Inbound::Event(delivery) })
     }
@@ -453,9 +467,12 @@ impl TcpWriter {
 
     fn message(&mut self, mut message: OutboundMessage) -> Result<(), WriteError> {
         // TCP-26.
-        if !self.announced && message.id.is_some() {
-            self.announced = true;
-            message.metadata.insert(PEER_KEY, "1");
+        if message.id.is_some() && self.extensions.peer_may_listen() {
+            // A peer that turned out to be NestJS is not told what it does not read.
+            message.put_timeout();
+            if !std::mem::replace(&mut self.announced, true) {
+                message.metadata.insert(PEER_KEY, "1");
+            }
         }
         let hint = message.data.bytes().len() + message.pattern.text().len() + 64;
         self.frame(hint, |codec, out| {

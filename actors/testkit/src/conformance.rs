@@ -403,7 +403,7 @@ pub fn quiet_deliberate_panics() {
     ONCE.call_once(|| {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            if !info.payload_as_str().is_some_and(|text| text.contains(DELIBERATE)) {
+            if !info.payload_as_str().is_some_and(|text| text.starts_with(DELIBERATE)) {
                 before(info);
             }
         }));

@@ -90,20 +90,20 @@ impl Harness for Memory {
 
 mod peers {
     use super::*;
-    martlet_testkit::conformance_tests!(Memory::with(|_| {}); core, metadata, cancel);
+    martlet_testkit::conformance_tests!(Memory::with(|_| {}); core, metadata, cancel, cuts, raw, accepts);
 }
 
 mod message_pack {
     use super::*;
     martlet_testkit::conformance_tests!(
-        Memory::with(|options| options.codec = Arc::new(MessagePackCodec)); core, metadata, cancel
+        Memory::with(|options| options.codec = Arc::new(MessagePackCodec)); core, metadata, cancel, cuts, accepts
     );
 }
 
 mod broker {
     use super::*;
     martlet_testkit::conformance_tests!(
-        Memory::with(|options| options.mode = Mode::Broker); core, metadata, cancel
+        Memory::with(|options| options.mode = Mode::Broker); core, metadata, cancel, cuts, subscribes
     );
 }
 
@@ -115,6 +115,6 @@ mod settling_broker {
             options.settles = true;
             options.wildcards = true;
         });
-        core, metadata, cancel
+        core, metadata, cancel, cuts, subscribes, wildcards
     );
 }

@@ -4,6 +4,9 @@
 #![allow(clippy::unwrap_used)]
 
 mod conformance;
+mod faults;
 mod memory;
 mod packets;
 mod patterns;
+mod supervision;
+mod support;

@@ -5,7 +5,7 @@
 use bytes::{Bytes, BytesMut};
 use martlet_core::codec::{Codec, JsonCodec, MessagePackCodec, NO_HANDLER_TEXT};
 use martlet_core::json;
-use martlet_core::packet::{Metadata, OutgoingPacket, PatternText, ResponseBody};
+use martlet_core::packet::{Metadata, OutgoingPacket, PatternText, Raw, ResponseBody};
 use martlet_core::pattern::Pattern;
 use martlet_core::payload::{Format, Payload};
 use proptest::prelude::*;
@@ -52,7 +52,7 @@ fn check_request(value: &Value, with_channel: &Value) {
     for codec in [&JsonCodec as &dyn Codec, &MessagePackCodec] {
         let frame = Payload::encode(codec.format(), value).unwrap();
         let packet = codec.decode_request(frame.bytes()).unwrap();
-        let read = |raw: &Bytes| Payload::new(codec.format(), raw.clone()).to_value().unwrap();
+        let read = |raw: &Raw| Payload::new(codec.format(), raw.clone()).to_value().unwrap();
         let foreign = with_channel["pattern"] == "CH";
         let member = |name: &str| if foreign && name != "data" { None } else { with_channel.get(name) };
         assert_eq!(packet.pattern.as_ref().map(read).as_ref(), member("pattern"), "{value}");
@@ -356,7 +356,7 @@ proptest! {
                 let mut out = BytesMut::new();
                 codec.encode_request(&sent, &mut out).unwrap();
                 let read = codec.decode_request(&out.freeze()).unwrap();
-                let text = |raw: Bytes| Payload::new(codec.format(), raw).decode::<String>().unwrap();
+                let text = |raw: Raw| Payload::new(codec.format(), raw).decode::<String>().unwrap();
                 prop_assert_eq!(read.pattern.map(text), pattern.as_str().map(str::to_owned));
                 prop_assert_eq!(read.id.map(text), id.clone());
                 prop_assert_eq!(
@@ -382,7 +382,7 @@ proptest! {
             let mut out = BytesMut::new();
             codec.encode_response(Some(&id), &body, None, &mut out).unwrap();
             let read = codec.decode_response(&out.freeze()).unwrap();
-            prop_assert_eq!(read.id, Some(id));
+            prop_assert_eq!(read.id, Some(Raw::from(id)));
             prop_assert_eq!(read.body, body);
             prop_assert!(!read.foreign);
         }

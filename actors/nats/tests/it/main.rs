@@ -4,4 +4,7 @@
 
 mod broker;
 mod calls;
+mod config;
+mod faults;
+mod messages;
 mod world;

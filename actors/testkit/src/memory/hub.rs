@@ -187,7 +187,7 @@ impl Hub {
         if takers.is_empty() {
             return false;
         }
-        if !all {
+        if !all && takers.len() > 1 {
             self.turn = self.turn.wrapping_add(1);
             let index = self.turn % takers.len();
             takers = vec![takers.swap_remove(index)];

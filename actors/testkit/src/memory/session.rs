@@ -122,7 +122,7 @@ impl MemoryReader {
                 self.request(&bytes, headers, Some((route, subject)), to)
             }
             (Frame::Unreachable(id), _) => Inbound::Unreachable { id },
-            (Frame::Cancel(id), _) => Inbound::Cancel { id },
+            (Frame::Cancel(id), _) => Inbound::Cancel { id: id.into() },
         }
     }
 
@@ -144,6 +144,7 @@ impl MemoryReader {
         };
         let context = Arc::new(MemoryContext { peer: Arc::clone(&self.peer), headers, subject });
         let (data, metadata, id) = (packet.data, packet.metadata, packet.id);
+        let context = Some(context as ContextData);
         let delivery = Delivery { key, data, metadata, id, reply_to, context };
         if is_event { Inbound::Event(delivery) } else { Inbound::Request(delivery) }
     }
@@ -219,8 +220,9 @@ impl MemoryWriter {
         Ok(())
     }
 
-    fn message(&mut self, message: OutboundMessage) -> Result<(), WriteError> {
-        let OutboundMessage { id, pattern, data, metadata, headers } = message;
+    fn message(&mut self, mut message: OutboundMessage) -> Result<(), WriteError> {
+        message.put_timeout();
+        let OutboundMessage { id, pattern, data, metadata, headers, .. } = message;
         // NestJS sends an event's pattern as its route.
         let text = match id {
             Some(_) => PatternText::Given(&pattern),
