@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use martlet::arbiters::Arbiters;
-use martlet::{CallError, ClientProxy, Format, Pattern, Payload, Transport};
+use martlet::{ClientProxy, Format, Pattern, Payload, Transport};
 use serde_json::Value;
 use serde_json::value::RawValue;
 use tokio::sync::watch;
@@ -146,7 +146,7 @@ impl Plan {
         match &self.work {
             Work::Sums => {
                 let first = u64::from(number % 90 + 10);
-                let data = Payload::new(Format::Json, format!("[{first},2,3,4,5]").into_bytes());
+                let data = Payload::new(Format::Json, format!("[{first},2,3,4,5]").into());
                 let sum = first + 14;
                 (data, Some(Expected { text: sum.to_string(), value: Value::from(sum) }))
             }
@@ -188,28 +188,6 @@ impl Tally {
             *self.failures.entry(outcome).or_default() += count;
         }
         self.wrong = self.wrong.take().or(other.wrong);
-    }
-
-    /// Counts one outcome; the latency is there if it falls into the window. A failure is a failure
-    /// whenever it happens.
-    fn take(
-        &mut self,
-        reply: Result<Box<RawValue>, CallError>,
-        expected: Option<&Expected>,
-        latency: Option<Duration>,
-    ) {
-        match reply {
-            Ok(reply) if expected.is_none_or(|expected| expected.is(&reply)) => {
-                if let Some(latency) = latency {
-                    self.latency.record(latency);
-                }
-            }
-            Ok(reply) => {
-                self.fail("wrong_reply");
-                self.wrong.get_or_insert_with(|| reply.get().chars().take(200).collect());
-            }
-            Err(error) => self.fail(error.kind()),
-        }
     }
 
     fn fail(&mut self, outcome: &str) {
@@ -344,11 +322,24 @@ async fn load(client: ClientProxy, plan: Arc<Plan>, number: u32, window: Window,
         let reply = call.await;
         let now = Instant::now();
         let counts = now >= window.opens && now < window.closes;
-        let failed = reply.is_err();
-        tally.borrow_mut().take(reply, expected.as_ref(), counts.then(|| now - sent));
-        if failed {
-            // What fails at once must not spin.
-            tokio::time::sleep(Duration::from_millis(10)).await;
+        let mut tally = tally.borrow_mut();
+        match reply {
+            Ok(reply) if expected.as_ref().is_none_or(|expected| expected.is(&reply)) => {
+                if counts {
+                    tally.latency.record(now - sent);
+                }
+            }
+            // A failure is a failure whenever it happens.
+            Ok(reply) => {
+                tally.fail("wrong_reply");
+                tally.wrong.get_or_insert_with(|| reply.get().chars().take(200).collect());
+            }
+            Err(error) => {
+                tally.fail(error.kind());
+                drop(tally);
+                // What fails at once must not spin.
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
         }
         sent = Instant::now();
     }

@@ -204,7 +204,7 @@ impl Arrived {
             String::from_utf8_lossy(payload.bytes()).into_owned()
         };
         let pattern = match request.raw_pattern() {
-            Some(raw) => text(&Payload::new(request.format(), raw.to_vec())),
+            Some(raw) => text(&Payload::new(request.format(), bytes::Bytes::copy_from_slice(raw))),
             None => quoted(request.pattern().text()),
         };
         let metadata = request.raw_metadata().filter(|metadata| !metadata.is_null()).map(text);
