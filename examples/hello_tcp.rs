@@ -7,8 +7,6 @@
 //! stopped: 1 request answered, 0 abandoned
 //! ```
 
-#![allow(clippy::print_stdout)]
-
 use std::error::Error;
 use std::time::Duration;
 
