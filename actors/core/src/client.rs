@@ -272,6 +272,8 @@ impl ClientProxy {
     pub async fn close(&self) {
         self.shared.core.close();
         self.shared.core.end_all(&CallError::Closed);
+        // Whoever waits for a connection is told by this being dropped.
+        self.shared.eager.lock().clear();
         let actor = self.shared.actor.lock().clone();
         if let Some(actor) = actor {
             // An error means that it has stopped already.
@@ -795,6 +797,10 @@ impl Drop for DriverGuard {
         let cause = SessionError::lost("the client's arbiter or driver ended");
         self.0.core.session_ended(&cause);
         self.0.core.fail_queued(&cause);
+        for waiting in self.0.eager.lock().drain(..) {
+            // Whoever asked may have stopped waiting.
+            let _ = waiting.send(Err(cause.clone()));
+        }
         self.0.native.lock().take();
         self.0.status.set(ConnectionStatus::Disconnected);
     }

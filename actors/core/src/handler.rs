@@ -1057,7 +1057,13 @@ impl Replica {
         }
         handler.running.set(handler.running.get() - 1);
         if handler.concurrency.is_some() {
-            let next = handler.waiting.borrow_mut().pop_front();
+            // Those whose callers have gone meanwhile are not begun.
+            let next = loop {
+                let next = handler.waiting.borrow_mut().pop_front();
+                if next.as_ref().is_none_or(|next| !next.responder.is_gone()) {
+                    break next;
+                }
+            };
             if let Some(next) = next {
                 // A task of its own, so that a long queue of ready handlers does not recurse.
                 let replica = Rc::clone(self);
