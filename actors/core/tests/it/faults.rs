@@ -325,7 +325,7 @@ fn a_stop_does_not_wait_for_a_peer_that_does_not_read() {
         let client = MemoryClient::new(&network);
         assert_eq!(client.send::<u64>("echo", 1).await.unwrap(), 1);
         client.close().await;
-        let started = std::time::Instant::now();
+        let started = tokio::time::Instant::now();
         service.stop(ms(100)).await;
         assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
         drop(peer);
