@@ -810,7 +810,12 @@ impl<S: Session> Loop<S> {
     fn invoke(&mut self, handler: &Arc<HandlerRef>, request: Request, responder: Responder) {
         let invoke = Invoke { endpoint: handler.endpoint, request, responder };
         match &mut self.invokes {
-            Some((same, batch)) if Arc::ptr_eq(&same.replicas, &handler.replicas) => batch.push(invoke),
+            Some((same, batch))
+                if Arc::ptr_eq(&same.replicas, &handler.replicas)
+                    && batch.len() < handler.replicas.batch_size =>
+            {
+                batch.push(invoke);
+            }
             _ => {
                 self.send_invokes();
                 let mut batch = Vec::with_capacity(8);
