@@ -479,7 +479,9 @@ async fn serve_and_call(path: &Path) -> Result<(), Box<dyn Error>> {
     client.close().await;
     let report = service.stop(Duration::from_secs(5)).await;
     let (done, abandoned, file_gone) = (report.done(), report.abandoned().count(), !path.exists());
-    println!("stopped: {done} requests finished, {abandoned} abandoned; the socket file is gone: {file_gone}");
+    println!(
+        "stopped: {done} requests finished, {abandoned} abandoned; the socket file is gone: {file_gone}"
+    );
     Ok(())
 }
 

@@ -89,7 +89,8 @@ fn handlers() -> Vec<HandlerGroup> {
         .interceptor(Arc::new(Mark("group"))),
         message("guarded", hello).interceptor(knows_the_word()),
         message("piped", hello).interceptor(trimmed()),
-        message("filtered", async || Err::<(), _>(RpcError::message("the table is locked"))).interceptor(polite()),
+        message("filtered", async || Err::<(), _>(RpcError::message("the table is locked")))
+            .interceptor(polite()),
         message("slow", async || {
             std::future::pending::<()>().await;
             Ok::<_, RpcError>(())
@@ -116,7 +117,8 @@ async fn refusal(call: martlet::Call<String>) -> Result<String, Box<dyn Error>> 
 async fn main() -> Result<(), Box<dyn Error>> {
     tracing_subscriber::fmt().without_time().with_target(false).with_ansi(false).init();
 
-    let service = Microservice::new().on_current_arbiter().state(Log::default()).interceptor(Arc::new(Mark("service")));
+    let service =
+        Microservice::new().on_current_arbiter().state(Log::default()).interceptor(Arc::new(Mark("service")));
     let service = handlers().into_iter().fold(service, Microservice::handlers);
     let service = service
         .handlers(message("log", async |log: State<Log>| Ok::<_, RpcError>(log.take())))

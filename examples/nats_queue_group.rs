@@ -14,8 +14,8 @@ use std::error::Error;
 use std::time::Duration;
 
 use futures::future::try_join_all;
-use martlet::prelude::*;
 use martlet::RunningService;
+use martlet::prelude::*;
 
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -25,7 +25,7 @@ async fn service(name: &'static str, url: &str) -> Result<RunningService, Box<dy
     let server = Transport::from_url(url)?.with("queue", "workers").into_server()?;
     let service = Microservice::new()
         .name(name)
-        .handlers(message("example.work", async move || Ok::<_, RpcError>(name)))
+        .handlers(message("example.work", move || async move { Ok::<_, RpcError>(name) }))
         .server(server)
         .start()
         .await?;

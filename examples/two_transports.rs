@@ -8,7 +8,7 @@
 //! tcp, without a token: Forbidden resource
 //! tcp, with a token: visit 1, by tcp
 //! memory, without a token: visit 2, by memory
-//! tcp: 2 requests finished; memory: 1 requests finished
+//! done by tcp: 2, by memory: 1
 //! ```
 
 use std::error::Error;
@@ -23,7 +23,7 @@ use martlet_testkit::memory::{MemoryClient, MemoryNetwork, MemoryServer};
 #[derive(Default)]
 struct Visits(AtomicU64);
 
-async fn visit(visits: State<Visits>, request: Request) -> Result<String, RpcError> {
+async fn visit(State(visits): State<Visits>, request: Request) -> Result<String, RpcError> {
     let number = visits.0.fetch_add(1, Ordering::Relaxed) + 1;
     Ok(format!("visit {number}, by {}", request.transport().name))
 }
@@ -60,11 +60,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     memory.close().await;
     // Both stop at once, within one grace period.
     let report = service.stop(Duration::from_secs(5)).await;
-    let done: Vec<_> = report
-        .servers
-        .iter()
-        .map(|server| format!("{}: {} requests finished", server.transport, server.done))
-        .collect();
-    println!("{}", done.join("; "));
+    let done: Vec<_> =
+        report.servers.iter().map(|server| format!("by {}: {}", server.transport, server.done)).collect();
+    println!("done {}", done.join(", "));
     Ok(())
 }

@@ -11,7 +11,7 @@ use futures::FutureExt;
 use futures::future::LocalBoxFuture;
 use martlet_core::{ClientOptions, ClientProxy, Server, ServerOptions};
 use martlet_testkit::conformance::{Harness, RawPeer};
-use martlet_testkit::fault::{FaultyDial, FaultyListen, Faults};
+use martlet_testkit::fault::{Faults, FaultyDial, FaultyListen};
 use martlet_testkit::features::Features;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -111,7 +111,8 @@ async fn line_breaks_inside_a_payload_stay_on_one_line() {
     let echo = message("echo", async |payload: Payload| Ok::<_, RpcError>(payload));
     let mut unix = Unix::new();
     let server = unix.server(ServerOptions::default());
-    let service = Microservice::new().on_current_arbiter().handlers(echo).server(server).start().await.unwrap();
+    let service =
+        Microservice::new().on_current_arbiter().handlers(echo).server(server).start().await.unwrap();
     let client = unix.client(&service.url(), ClientOptions::default());
     let pretty = Payload::new(martlet_core::Format::Json, Bytes::from_static(b"{\n  \"a\": [\n1,\n2]\n}"));
     let value: serde_json::Value = client.send("echo", pretty).await.unwrap();
