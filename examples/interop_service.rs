@@ -12,6 +12,8 @@
 //! On SIGTERM or SIGINT it answers what is in flight and exits with 0. `--name NAME` is what `whoami` answers; by default
 //! the process id. NestJS's `undefinedItem` is missing: JSON has no undefined inside a stream.
 
+#![allow(clippy::print_stdout)]
+
 use std::collections::HashMap;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};

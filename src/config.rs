@@ -481,7 +481,7 @@ impl Transport {
             #[cfg(feature = "tcp")]
             TransportKind::Tcp => Ok(self.tcp_server_options()?.into()),
             #[cfg(feature = "nats")]
-            TransportKind::Nats => Ok(martlet_nats::NatsServer::new(self.nats_server_options()?).into()),
+            TransportKind::Nats => Ok(martlet_nats::NatsServer::new(self.nats_server_options()?)),
             #[allow(unreachable_patterns)]
             other => Err(ConfigError::FeatureOff { transport: other.name() }),
         }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Martlet: a microservice runtime on actix that speaks NestJS's wire protocols.
+#![warn(clippy::print_stdout)]
 
 #[doc(hidden)]
 #[path = "private.rs"]

@@ -10,9 +10,10 @@ pub use martlet_core::{
 
 pub use crate::clients::Clients;
 pub use crate::config::Transport;
+pub use crate::pattern;
 
 #[cfg(feature = "macros")]
-pub use martlet_macros::*;
+pub use crate::macros::*;
 
 #[cfg(feature = "tcp")]
 pub use martlet_tcp::{TcpClient, TcpContext, TcpServer};

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use martlet::arbiters::Arbiters;
-use martlet::{ClientProxy, Format, Pattern, Payload, Transport};
+use martlet::{CallError, ClientProxy, Format, Pattern, Payload, Transport};
 use serde_json::Value;
 use serde_json::value::RawValue;
 use tokio::sync::watch;
@@ -190,6 +190,28 @@ impl Tally {
         self.wrong = self.wrong.take().or(other.wrong);
     }
 
+    /// Counts one outcome; the latency is there if it falls into the window. A failure is a failure
+    /// whenever it happens.
+    fn take(
+        &mut self,
+        reply: Result<Box<RawValue>, CallError>,
+        expected: Option<&Expected>,
+        latency: Option<Duration>,
+    ) {
+        match reply {
+            Ok(reply) if expected.is_none_or(|expected| expected.is(&reply)) => {
+                if let Some(latency) = latency {
+                    self.latency.record(latency);
+                }
+            }
+            Ok(reply) => {
+                self.fail("wrong_reply");
+                self.wrong.get_or_insert_with(|| reply.get().chars().take(200).collect());
+            }
+            Err(error) => self.fail(error.kind()),
+        }
+    }
+
     fn fail(&mut self, outcome: &str) {
         match self.failures.get_mut(outcome) {
             Some(count) => *count += 1,
@@ -322,24 +344,11 @@ async fn load(client: ClientProxy, plan: Arc<Plan>, number: u32, window: Window,
         let reply = call.await;
         let now = Instant::now();
         let counts = now >= window.opens && now < window.closes;
-        let mut tally = tally.borrow_mut();
-        match reply {
-            Ok(reply) if expected.as_ref().is_none_or(|expected| expected.is(&reply)) => {
-                if counts {
-                    tally.latency.record(now - sent);
-                }
-            }
-            // A failure is a failure whenever it happens.
-            Ok(reply) => {
-                tally.fail("wrong_reply");
-                tally.wrong.get_or_insert_with(|| reply.get().chars().take(200).collect());
-            }
-            Err(error) => {
-                tally.fail(error.kind());
-                drop(tally);
-                // What fails at once must not spin.
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
+        let failed = reply.is_err();
+        tally.borrow_mut().take(reply, expected.as_ref(), counts.then(|| now - sent));
+        if failed {
+            // What fails at once must not spin.
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
         sent = Instant::now();
     }

@@ -37,6 +37,7 @@ struct Message {
     #[command(flatten)]
     target: Target,
     /// The data: JSON, `-` for stdin, `@FILE` for a file. Default: null.
+    #[arg(allow_negative_numbers = true)]
     data: Option<String>,
     /// The data is a plain text, not JSON.
     #[arg(long, short = 't', requires = "data")]

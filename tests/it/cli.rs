@@ -208,6 +208,7 @@ fn send_prints_the_reply() {
     // Members keep their order and numbers their spelling.
     service.send(&["echo", r#" {"b": 2.50, "a": [ ]} "#]).printed("{\"b\":2.50,\"a\":[]}\n");
     service.send(&["echo"]).printed("null\n");
+    service.send(&["echo", "-5"]).printed("-5\n");
     service.send(&["nothing"]).printed("");
     service.send(&["items"]).printed("1\n");
     service.send(&["items", "--stream"]).printed("1\n2\n3\n");
@@ -336,7 +337,7 @@ fn emit_hands_the_event_over_before_it_ends() {
         if service.events.lock().unwrap().len() == all.len() {
             break;
         }
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::park_timeout(Duration::from_millis(10));
     }
     assert_eq!(*service.events.lock().unwrap(), all);
     run(&["emit", &nobody(), "noted"]).failed(5, &["connection refused", "is the service running?"]);

@@ -265,6 +265,6 @@ mod preludes {
 
     fn functions() -> (HandlerGroup, HandlerGroup) {
         let handler = async || Ok::<_, RpcError>(1);
-        (message("a", handler), event("b", handler))
+        (message(pattern!({ "cmd": "a" }), handler), event("b", handler))
     }
 }

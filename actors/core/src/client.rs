@@ -40,7 +40,7 @@ use crate::request::{TRACEPARENT_KEY, TRACESTATE_KEY};
 use crate::responder::{Cancellation, SlotKey};
 use crate::session::{SessionControl, SessionEnv, SessionExit, SessionLimits, run_session};
 use crate::status::{ConnectionStatus, StatusCell};
-use crate::supervise::panic_text;
+use crate::supervise::{Child, panic_text};
 use crate::trace::{Ambient, TraceContext};
 use crate::transport::{ContextData, Dial, OutboundMessage, Role, Session, SessionPlan, TransportInfo};
 
@@ -144,6 +144,9 @@ pub struct ClientProxy {
     shared: Arc<Shared>,
 }
 
+type Launch = Box<dyn Fn(&Arc<Shared>) -> Addr<ClientActor> + Send + Sync>;
+type CheckPattern = Box<dyn Fn(&Pattern) -> Result<(), String> + Send + Sync>;
+
 struct Shared {
     core: Arc<ClientCore>,
     options: ClientOptions,
@@ -152,8 +155,8 @@ struct Shared {
     events: EventBus,
     native: Mutex<Option<ContextData>>,
     /// Starts the actor on the current arbiter.
-    launch: Box<dyn Fn(&Arc<Shared>) -> Addr<ClientActor> + Send + Sync>,
-    check: Box<dyn Fn(&Pattern) -> Result<(), String> + Send + Sync>,
+    launch: Launch,
+    check: CheckPattern,
     actor: Mutex<Option<Addr<ClientActor>>>,
     /// Someone asked for a connection without a call.
     eager: Mutex<Vec<tokio::sync::oneshot::Sender<Result<(), SessionError>>>>,
@@ -272,6 +275,8 @@ impl ClientProxy {
     pub async fn close(&self) {
         self.shared.core.close();
         self.shared.core.end_all(&CallError::Closed);
+        // Whoever waits for a connection is told by this being dropped.
+        self.shared.eager.lock().clear();
         let actor = self.shared.actor.lock().clone();
         if let Some(actor) = actor {
             // An error means that it has stopped already.
@@ -319,6 +324,12 @@ impl ClientProxy {
     /// What it speaks.
     pub fn transport(&self) -> &TransportInfo {
         &self.shared.info
+    }
+
+    /// Shows the client in a supervision tree, as long as the place is kept.
+    pub(crate) fn watch_in(&self, child: &Child) {
+        let core = Arc::downgrade(&self.shared.core);
+        child.watch_in_flight(move || core.upgrade().map_or(0, |core| core.pending() as u64));
     }
 
     /// Calls and events that have not ended.
@@ -795,6 +806,10 @@ impl Drop for DriverGuard {
         let cause = SessionError::lost("the client's arbiter or driver ended");
         self.0.core.session_ended(&cause);
         self.0.core.fail_queued(&cause);
+        for waiting in self.0.eager.lock().drain(..) {
+            // Whoever asked may have stopped waiting.
+            let _ = waiting.send(Err(cause.clone()));
+        }
         self.0.native.lock().take();
         self.0.status.set(ConnectionStatus::Disconnected);
     }

@@ -353,6 +353,9 @@ impl ClientCore {
             let route = entry.route.clone();
             state.end(key, Err(CallError::Overloaded { bound: "max_buffered_replies", limit }));
             state.cancels.push_back((self.id(key), route));
+            if let Some(session) = &state.session {
+                session.wake();
+            }
             return;
         }
         entry.replies.push_back(payload);

@@ -837,7 +837,7 @@ impl Replica {
             && Instant::now() >= deadline
         {
             // Its caller has stopped waiting: running it would be work for nobody.
-            responder.fail(&RpcError::message("Deadline exceeded"));
+            responder.fail(&deadline_exceeded());
             return;
         }
         if !self.poison.borrow().is_empty()
@@ -943,7 +943,7 @@ impl Replica {
                 };
                 let Some(responder) = responder.take() else { return Ended::Failed };
                 match result {
-                    Ok(Reply::Stream(stream)) => replica.pump(index, stream, responder).await,
+                    Ok(Reply::Stream(stream)) => replica.pump(index, stream, responder, deadline).await,
                     other => replica.answer(index, other, responder),
                 }
             }
@@ -965,7 +965,7 @@ impl Replica {
                         Ok(ended) => ended,
                         Err(_) => {
                             if let Some(responder) = responder.take() {
-                                responder.fail(&RpcError::message("Deadline exceeded"));
+                                responder.fail(&deadline_exceeded());
                             }
                             Ok(Ended::Failed)
                         }
@@ -997,10 +997,18 @@ impl Replica {
         index: u32,
         mut stream: LocalBoxStream<'static, Result<Payload, RpcError>>,
         responder: Responder,
+        deadline: Option<Instant>,
     ) -> Ended {
-        let Some(mut item) = stream.next().await else {
-            responder.end(None, None);
-            return Ended::Well;
+        let mut item = match by(deadline, stream.next()).await {
+            Ok(Some(item)) => item,
+            Ok(None) => {
+                responder.end(None, None);
+                return Ended::Well;
+            }
+            Err(error) => {
+                responder.fail(&error);
+                return Ended::Failed;
+            }
         };
         loop {
             let payload = match item {
@@ -1025,11 +1033,15 @@ impl Replica {
                     if responder.is_gone() {
                         return Ended::Well;
                     }
-                    match stream.next().await {
-                        Some(next) => next,
-                        None => {
+                    match by(deadline, stream.next()).await {
+                        Ok(Some(next)) => next,
+                        Ok(None) => {
                             responder.end(None, None);
                             return Ended::Well;
+                        }
+                        Err(error) => {
+                            responder.fail(&error);
+                            return Ended::Failed;
                         }
                     }
                 }
@@ -1057,7 +1069,13 @@ impl Replica {
         }
         handler.running.set(handler.running.get() - 1);
         if handler.concurrency.is_some() {
-            let next = handler.waiting.borrow_mut().pop_front();
+            // Those whose callers have gone meanwhile are not begun.
+            let next = loop {
+                let next = handler.waiting.borrow_mut().pop_front();
+                if next.as_ref().is_none_or(|next| !next.responder.is_gone()) {
+                    break next;
+                }
+            };
             if let Some(next) = next {
                 // A task of its own, so that a long queue of ready handlers does not recurse.
                 let replica = Rc::clone(self);
@@ -1145,6 +1163,19 @@ impl Drop for Finish {
     fn drop(&mut self) {
         self.replica.finished(self.index, self.ended);
     }
+}
+
+/// Waits no longer than until the caller stops waiting.
+async fn by<T>(deadline: Option<Instant>, work: impl Future<Output = T>) -> Result<T, RpcError> {
+    match deadline {
+        Some(deadline) => tokio::time::timeout_at(deadline, work).await.map_err(|_| deadline_exceeded()),
+        None => Ok(work.await),
+    }
+}
+
+/// The answer to a caller that stopped waiting, for those who still read it.
+fn deadline_exceeded() -> RpcError {
+    RpcError::message("Deadline exceeded")
 }
 
 fn responder_fail(responder: Responder) {

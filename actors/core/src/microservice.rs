@@ -196,11 +196,18 @@ impl Microservice {
             self.interceptors.into(),
             escalate.clone(),
         );
+        let clients = self.app.clients.iter().map(|(name, client)| {
+            let child = root.child(name.as_str(), "client");
+            client.watch_in(&child);
+            child
+        });
+        let clients = clients.collect();
         let app = Arc::new(self.app);
         let service = RunningService {
             inner: Arc::new(Inner {
                 registry,
                 registry_child,
+                clients,
                 arbiters,
                 events: self.events,
                 app,
@@ -284,6 +291,8 @@ pub struct RunningService {
 struct Inner {
     registry: Registry,
     registry_child: Child,
+    /// The clients' places in the tree.
+    clients: Vec<Child>,
     arbiters: Arbiters,
     events: EventBus,
     app: Arc<AppData>,
@@ -465,6 +474,7 @@ impl RunningService {
         for client in self.inner.app.clients.values() {
             client.close().await;
         }
+        self.inner.clients.iter().for_each(|child| child.set_state(ChildState::Stopped));
         self.inner.registry_child.set_state(ChildState::Stopped);
         self.inner.root.set_state(ChildState::Stopped);
         self.inner.arbiters.stop().await;

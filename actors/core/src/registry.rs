@@ -308,9 +308,11 @@ async fn build_groups(
             let place = child.child(name, "handlers");
             children.push(place.clone());
             let context =
-                ReplicaContext { arbiter, child: place, events: events.clone(), escalate: escalate.clone() };
+                ReplicaContext { arbiter, child: place.clone(), events: events.clone(), escalate: escalate.clone() };
             let stats: Vec<Arc<HandlerStats>> = group.handlers.iter().map(|_| Arc::default()).collect();
             replica_stats.push(stats.clone());
+            let watched = stats.clone();
+            place.watch_in_flight(move || watched.iter().map(|stats| stats.in_flight.get()).sum());
             let (group, global) = (Arc::clone(&group), Arc::clone(&global));
             building.push(arbiters.run_on(arbiter, move || async move {
                 HandlerActor::build(&group, &stats, context, &global).map(|actor| actor.start().recipient())
@@ -327,7 +329,8 @@ async fn build_groups(
                 Err(_) => return Err(panicked(format!("it took longer than {BUILD_TIMEOUT:?}"))),
             });
         }
-        let replicas = Arc::new(Replicas { recipients });
+        let replicas =
+            Arc::new(Replicas { recipients, mailbox_capacity: group.supervision.mailbox_capacity });
         for (endpoint, (info, _)) in group.handlers.iter().enumerate() {
             handlers.push(Arc::new(HandlerRef {
                 info: info.clone(),

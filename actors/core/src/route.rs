@@ -92,6 +92,7 @@ impl Counter {
 pub(crate) struct Replicas {
     /// One per arbiter, or a single one.
     pub(crate) recipients: Vec<Recipient<InvokeBatch>>,
+    pub(crate) mailbox_capacity: usize,
 }
 
 /// A registered handler, as routes refer to it.

@@ -114,18 +114,22 @@ impl fmt::Debug for ServerEnvironment {
     }
 }
 
+/// Starts a server in a service, with what it alone puts around requests.
+type Launch =
+    Box<dyn FnOnce(ServerEnvironment, OwnScope) -> LocalBoxFuture<'static, Result<ServerHandle, StartError>>>;
+
+/// What a server alone puts around its requests.
+struct OwnScope {
+    interceptors: Interceptors,
+    inherit: bool,
+}
+
 /// A transporter's serving side, ready to be put into a service. Made from a [`Dial`] or a [`Listen`].
 pub struct Server {
     info: TransportInfo,
     interceptors: Interceptors,
     inherit: bool,
-    launch: Box<
-        dyn FnOnce(
-            ServerEnvironment,
-            Interceptors,
-            bool,
-        ) -> LocalBoxFuture<'static, Result<ServerHandle, StartError>>,
-    >,
+    launch: Launch,
 }
 
 impl fmt::Debug for Server {
@@ -143,13 +147,12 @@ impl Server {
             info: info.clone(),
             interceptors: Interceptors::new(),
             inherit: true,
-            launch: Box::new(move |env, interceptors, inherit| {
+            launch: Box::new(move |env, own| {
                 let dial = std::rc::Rc::new(dial);
                 let drive = move |state: Arc<ServerState>, tables| {
                     serve_dialled(std::rc::Rc::clone(&dial), state, tables).boxed_local()
                 };
-                launch(info, url, "connection", options, env, interceptors, inherit, Box::new(drive))
-                    .boxed_local()
+                launch(info, url, "connection", options, env, own, Box::new(drive)).boxed_local()
             }),
         }
     }
@@ -161,13 +164,12 @@ impl Server {
             info: info.clone(),
             interceptors: Interceptors::new(),
             inherit: true,
-            launch: Box::new(move |env, interceptors, inherit| {
+            launch: Box::new(move |env, own| {
                 let listen = std::rc::Rc::new(listen);
                 let drive = move |state: Arc<ServerState>, tables| {
                     serve_listening(std::rc::Rc::clone(&listen), state, tables).boxed_local()
                 };
-                launch(info, String::new(), "listener", options, env, interceptors, inherit, Box::new(drive))
-                    .boxed_local()
+                launch(info, String::new(), "listener", options, env, own, Box::new(drive)).boxed_local()
             }),
         }
     }
@@ -198,7 +200,7 @@ impl Server {
     ///
     /// [`StartError::Transport`] when it cannot listen or connect.
     pub async fn start(self, env: ServerEnvironment) -> Result<ServerHandle, StartError> {
-        (self.launch)(env, self.interceptors, self.inherit).await
+        (self.launch)(env, OwnScope { interceptors: self.interceptors, inherit: self.inherit }).await
     }
 }
 
@@ -219,6 +221,8 @@ struct ServerState {
     /// Set when stopping; the instant is the end of the grace period.
     stop: watch::Sender<Option<Instant>>,
     report: Mutex<ServerReport>,
+    /// Its sessions.
+    peers: Arc<Peers>,
 }
 
 impl ServerState {
@@ -348,8 +352,7 @@ async fn launch(
     kind: &'static str,
     options: ServerOptions,
     env: ServerEnvironment,
-    interceptors: Interceptors,
-    inherit: bool,
+    OwnScope { interceptors, inherit }: OwnScope,
     drive: Drive,
 ) -> Result<ServerHandle, StartError> {
     let tables = env.registry.watch(info.clone()).await?;
@@ -357,6 +360,9 @@ async fn launch(
     let scope =
         Arc::new(ServerScope { app: Arc::clone(&env.app), transport: info.clone(), interceptors, inherit });
     let child = env.child.child(Arc::clone(&info.name), kind);
+    let peers = Arc::new(Peers::default());
+    let watched = Arc::clone(&peers);
+    child.watch_in_flight(move || watched.in_flight());
     let transport = info.name.to_string();
     let state = Arc::new(ServerState {
         info,
@@ -370,6 +376,7 @@ async fn launch(
         ready: Mutex::new(Some(ready)),
         stop: watch::Sender::new(None),
         report: Mutex::default(),
+        peers,
     });
     let actor = ServerActor { state: Arc::clone(&state), tables, drive, done: Arc::default() }.start();
     match started.await {
@@ -585,6 +592,7 @@ async fn run_dialled<S: Session>(
     stop: &mut watch::Receiver<Option<Instant>>,
 ) -> SessionExit {
     let control = Arc::new(SessionControl::default());
+    let _listed = Listed::new(&state.peers, &control);
     *state.native.lock() = session.native();
     state.status.set(ConnectionStatus::Connected);
     state.child.set_state(ChildState::Running);
@@ -612,7 +620,7 @@ async fn run_dialled<S: Session>(
 
 // === listeners ===
 
-/// The peers of a listener, on all arbiters.
+/// The sessions of a server, on all arbiters.
 #[derive(Default)]
 struct Peers {
     sessions: Mutex<Slab<Arc<SessionControl>>>,
@@ -623,12 +631,24 @@ impl Peers {
     fn len(&self) -> usize {
         self.sessions.lock().len()
     }
+
+    /// Requests and events in flight, over all of them.
+    fn in_flight(&self) -> u64 {
+        self.sessions.lock().iter().map(|(_, control)| control.in_flight()).sum()
+    }
 }
 
 /// Keeps a peer listed for as long as its session runs.
 struct Listed {
     peers: Arc<Peers>,
     key: usize,
+}
+
+impl Listed {
+    fn new(peers: &Arc<Peers>, control: &Arc<SessionControl>) -> Self {
+        let key = peers.sessions.lock().insert(Arc::clone(control));
+        Self { peers: Arc::clone(peers), key }
+    }
 }
 
 impl Drop for Listed {
@@ -646,7 +666,7 @@ async fn serve_listening<L: Listen>(
     let mut stop = state.stop.subscribe();
     let mut backoff = Backoff::new(state.options.retry_delay);
     let mut attempts = 0;
-    let peers = Arc::new(Peers::default());
+    let peers = Arc::clone(&state.peers);
     let deadline = loop {
         let bound = tokio::select! {
             bound = listen.bind() => bound,
@@ -699,7 +719,6 @@ async fn accept_all<A: Accept>(
             Err(error) => return error,
         };
         let open = peers.len();
-        state.child.set_in_flight(open as u64 + 1);
         if open >= state.options.max_connections {
             state.env.events.emit(ServiceEvent::BoundHit {
                 place: Arc::clone(&state.info.name),
@@ -710,8 +729,7 @@ async fn accept_all<A: Accept>(
             continue;
         }
         let control = Arc::new(SessionControl::default());
-        let key = peers.sessions.lock().insert(Arc::clone(&control));
-        let listed = Listed { peers: Arc::clone(peers), key };
+        let listed = Listed::new(peers, &control);
         let arbiter = state.env.arbiters.next();
         let (state, tables) = (Arc::clone(state), tables.clone());
         // Not waited for; its end is seen by its leaving the list.

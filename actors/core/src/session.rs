@@ -32,7 +32,7 @@ use crate::pattern::Route;
 use crate::payload::Format;
 use crate::request::{MessageKind, Parts, Request, Scope, ServerScope, TIMEOUT_KEY};
 use crate::responder::{Cancellation, ChainSink, Gone, ReplySink, Responder, SlotKey};
-use crate::route::{HandlerRef, RouteTable};
+use crate::route::{Counter, HandlerRef, RouteTable};
 use crate::transport::{
     Delivery, Inbound, Outbound, PatternKey, Session, SessionReader, SessionWriter, Settlement,
     TransportInfo, WriteError,
@@ -69,6 +69,7 @@ pub(crate) struct SessionControl {
     waker: AtomicWaker,
     drain: AtomicBool,
     abandon: AtomicBool,
+    admitted: Counter,
     answered: AtomicU64,
 }
 
@@ -87,6 +88,11 @@ impl SessionControl {
 
     pub(crate) fn wake(&self) {
         self.waker.wake();
+    }
+
+    /// Requests and events that were given a slot and have not ended.
+    pub(crate) fn in_flight(&self) -> u64 {
+        self.admitted.get().saturating_sub(self.answered.load(Ordering::Relaxed))
     }
 
     pub(crate) fn is_draining(&self) -> bool {
@@ -301,13 +307,11 @@ struct Loop<S: Session> {
     scope: Option<Arc<Scope>>,
     table: Arc<RouteTable>,
     subscribed: HashSet<Route>,
-    table_changed: Option<Pin<Box<dyn Future<Output = watch::Receiver<Arc<RouteTable>>>>>>,
+    table_changed: Option<TableChange>,
     reading: bool,
     draining: bool,
     reported_full: bool,
     handed_back: u64,
-    /// Requests and events that were given a slot; less those answered, they are in flight.
-    admitted: u64,
     /// What this turn has read for one replica, not yet sent there.
     invokes: Option<(Arc<HandlerRef>, Vec<Invoke>)>,
     batch: Vec<Outbound<S::ReplyTo>>,
@@ -359,7 +363,6 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         draining: false,
         reported_full: false,
         handed_back: 0,
-        admitted: 0,
         invokes: None,
         batch: Vec::new(),
         close_by: None,
@@ -442,9 +445,10 @@ impl<R: Clone + Send + 'static> Shared<R> {
     }
 }
 
-fn watch_tables(
-    mut tables: watch::Receiver<Arc<RouteTable>>,
-) -> Pin<Box<dyn Future<Output = watch::Receiver<Arc<RouteTable>>>>> {
+/// Ready when the table has changed.
+type TableChange = Pin<Box<dyn Future<Output = watch::Receiver<Arc<RouteTable>>>>>;
+
+fn watch_tables(mut tables: watch::Receiver<Arc<RouteTable>>) -> TableChange {
     Box::pin(async move {
         if tables.changed().await.is_err() {
             // The registry is gone: no change will come.
@@ -526,7 +530,7 @@ impl<S: Session> Loop<S> {
                 cancellation.cancel();
             }
             self.handed_back += 1;
-            self.admitted -= 1;
+            self.env.control.admitted.add(-1);
             let settlement = Settlement::HandedBack;
             self.write(Outbound::Settle { delivery: slot.reply_to, settlement })?;
         }
@@ -633,7 +637,7 @@ impl<S: Session> Loop<S> {
     }
 
     fn in_flight(&self) -> u64 {
-        self.admitted - self.env.control.answered.load(Ordering::Relaxed)
+        self.env.control.in_flight()
     }
 
     fn read_some(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, SessionError> {
@@ -762,7 +766,7 @@ impl<S: Session> Loop<S> {
         };
         let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };
         let slot = self.shared.admit(kind, reply_to, id.unwrap_or_default(), entry.index, handlers);
-        self.admitted += 1;
+        self.env.control.admitted.add(1);
         let Some(scope) = &self.scope else { return Ok(()) };
         let request = Request(Box::new(Parts {
             scope: Arc::clone(scope),
@@ -826,7 +830,7 @@ impl<S: Session> Loop<S> {
                 self.env.events.emit(ServiceEvent::BoundHit {
                     place: Arc::clone(&handler.info.name),
                     bound: "mailbox_capacity",
-                    limit: 0,
+                    limit: handler.replicas.mailbox_capacity as u64,
                     action: "the requests were answered with an overload error",
                 });
                 for invoke in batch {

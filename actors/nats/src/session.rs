@@ -14,6 +14,7 @@ use futures::future::LocalBoxFuture;
 use martlet_core::Headers;
 use martlet_core::error::SessionError;
 use martlet_core::packet::ResponseBody;
+use martlet_core::pattern::Route;
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Session, SessionReader,
     SessionWriter, WriteError,
@@ -75,6 +76,7 @@ impl Session for NatsSession {
             link: self.link,
             buffer: BytesMut::new(),
             deadline_headers: wire::DeadlineHeaders::default(),
+            last_subject: None,
             max_header_bytes,
             closing: None,
         };
@@ -313,6 +315,7 @@ pub struct NatsWriter {
     link: Rc<Link>,
     buffer: BytesMut,
     deadline_headers: wire::DeadlineHeaders,
+    last_subject: Option<(Route, Subject)>,
     max_header_bytes: usize,
     closing: Option<LocalBoxFuture<'static, Result<(), SessionError>>>,
 }
@@ -337,8 +340,21 @@ impl NatsWriter {
         };
         let body = wire::encode_request(message, &mut self.buffer)?;
         wire::check_size(headers.as_ref(), body.len(), self.link.client.max_payload())?;
-        self.link.push(Subject::from(message.pattern.route().as_str()), reply, body, headers);
+        let subject = self.subject(message.pattern.route());
+        self.link.push(subject, reply, body, headers);
         Ok(())
+    }
+
+    /// A route as a subject; callers mostly call the same one again.
+    fn subject(&mut self, route: &Route) -> Subject {
+        match &self.last_subject {
+            Some((last, subject)) if last == route => subject.clone(),
+            _ => {
+                let subject = Subject::from(route.as_str());
+                self.last_subject = Some((route.clone(), subject.clone()));
+                subject
+            }
+        }
     }
 
     fn response(
@@ -371,7 +387,7 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
             Outbound::Request(mut message) => {
                 // Always present on requests.
                 let Some(id) = message.id else { return Ok(()) };
-                let reply = Subject::from(format!("{}{id}", self.link.inbox));
+                let reply = wire::reply_subject(&self.link.inbox, &id, &mut self.buffer);
                 self.message(&mut message, Some(reply)).map_err(refused)
             }
             // NATS-3.

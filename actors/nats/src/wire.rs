@@ -14,7 +14,7 @@ use martlet_core::packet::{
 };
 use martlet_core::payload::{Format, Payload};
 use martlet_core::request::{TIMEOUT_KEY, TRACEPARENT_KEY, TRACESTATE_KEY};
-use martlet_core::transport::OutboundMessage;
+use martlet_core::transport::{OutboundMessage, PacketId};
 
 /// NATS-20: metadata that also travels as headers, for services that read headers only.
 pub(crate) const HEADER_METADATA: [&str; 3] = [TRACEPARENT_KEY, TRACESTATE_KEY, TIMEOUT_KEY];
@@ -63,6 +63,10 @@ pub enum WireError {
 
 /// Checks that a route can be a subject (NATS-16).
 pub(crate) fn check_subject(route: &str) -> Result<(), String> {
+    // Checked for every call: most routes are plain.
+    if !route.is_empty() && route.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'.') {
+        return Ok(());
+    }
     if route.is_empty() {
         return Err("a NATS subject cannot be empty".to_owned());
     }
@@ -102,7 +106,7 @@ pub(crate) fn encode_request(message: &OutboundMessage, out: &mut BytesMut) -> R
     let packet = OutgoingPacket {
         pattern: PatternText::Given(&message.pattern),
         data: Some(&message.data),
-        id: message.id.as_ref().map(martlet_core::transport::PacketId::as_str),
+        id: message.id.as_ref().map(PacketId::as_str),
         metadata: Some(&message.metadata).filter(|metadata| !metadata.is_empty()),
     };
     finish(JsonCodec.encode_request(&packet, out), out)
@@ -142,6 +146,15 @@ fn metadata_of(headers: &Headers) -> Option<Payload> {
 }
 
 // === replies ===
+
+/// The subject that replies to a request go to: below the session's inbox, named by its id.
+pub(crate) fn reply_subject(inbox: &str, id: &PacketId, out: &mut BytesMut) -> Subject {
+    refill(out);
+    out.extend_from_slice(inbox.as_bytes());
+    out.extend_from_slice(id.as_str().as_bytes());
+    // Both are text.
+    Subject::from_utf8(out.split().freeze()).unwrap_or_else(|_| Subject::from(id.as_str()))
+}
 
 /// NATS-4, NATS-8: writes the body of a reply; the bytes are cut off `out`.
 pub(crate) fn encode_response(

@@ -3,7 +3,6 @@
 
 use super::*;
 use martlet_core::Pattern;
-use martlet_core::transport::PacketId;
 use serde_json::Value;
 
 const NEST_11: &str = include_str!("../tests/vectors/nats.json");

@@ -95,6 +95,7 @@ impl Listen for TcpServer {
             frame: FrameLimits::default().with_max_frame(options.max_buffer_size),
             incomplete_message_timeout: options.incomplete_message_timeout,
             max_send_buffer_size: options.max_send_buffer_size,
+            extensions: true,
         };
         let first = listeners.first().map(TcpListener::local_addr).transpose()?;
         let host = match options.host.parse::<std::net::IpAddr>() {

@@ -107,6 +107,8 @@ pub(crate) struct TcpLimits {
     pub(crate) frame: FrameLimits,
     pub(crate) incomplete_message_timeout: Duration,
     pub(crate) max_send_buffer_size: usize,
+    /// Whether a client looks for a Martlet peer.
+    pub(crate) extensions: bool,
 }
 
 /// A live TCP connection.
@@ -201,7 +203,7 @@ impl Session for TcpSession {
             max_send_buffer_size: self.limits.max_send_buffer_size,
             extensions,
             out: BytesMut::new(),
-            announced: self.role == Role::Server,
+            announced: self.role == Role::Server || !self.limits.extensions,
         };
         (reader, writer)
     }

@@ -10,6 +10,7 @@
 //! | [`broker`] | a real broker process on a free port: restarted, frozen, killed when dropped |
 //!
 //! Not here: mocks of the runtime. Everything is a real implementation of the public contract.
+#![warn(clippy::print_stdout)]
 
 pub mod broker;
 pub mod conformance;

@@ -307,8 +307,7 @@ fn lost_requests_time_out_and_doubled_replies_are_counted() {
 #[test]
 fn a_stop_does_not_wait_for_a_peer_that_does_not_read() {
     real(async {
-        let mut options = MemoryOptions::default();
-        options.line_bytes = 1000;
+        let options = MemoryOptions { line_bytes: 1000, ..MemoryOptions::default() };
         let network = MemoryNetwork::with(options);
         let large = message("large", || async { ok("x".repeat(10_000)) });
         let service = Microservice::new()
@@ -326,7 +325,7 @@ fn a_stop_does_not_wait_for_a_peer_that_does_not_read() {
         let client = MemoryClient::new(&network);
         assert_eq!(client.send::<u64>("echo", 1).await.unwrap(), 1);
         client.close().await;
-        let started = std::time::Instant::now();
+        let started = tokio::time::Instant::now();
         service.stop(ms(100)).await;
         assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
         drop(peer);
@@ -334,9 +333,7 @@ fn a_stop_does_not_wait_for_a_peer_that_does_not_read() {
 }
 
 fn settling() -> MemoryNetwork {
-    let mut options = MemoryOptions::broker();
-    options.settles = true;
-    MemoryNetwork::with(options)
+    MemoryNetwork::with(MemoryOptions { settles: true, ..MemoryOptions::broker() })
 }
 
 #[test]

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod conformance;
+mod edges;
 mod faults;
 mod memory;
 mod packets;

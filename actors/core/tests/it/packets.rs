@@ -52,7 +52,7 @@ fn check_request(value: &Value, with_channel: &Value) {
     for codec in [&JsonCodec as &dyn Codec, &MessagePackCodec] {
         let frame = Payload::encode(codec.format(), value).unwrap();
         let packet = codec.decode_request(frame.bytes()).unwrap();
-        let read = |raw: &Raw| Payload::new(codec.format(), raw.clone()).to_value().unwrap();
+        let read = |raw: &Raw| Payload::new(codec.format(), raw.clone().into()).to_value().unwrap();
         let foreign = with_channel["pattern"] == "CH";
         let member = |name: &str| if foreign && name != "data" { None } else { with_channel.get(name) };
         assert_eq!(packet.pattern.as_ref().map(read).as_ref(), member("pattern"), "{value}");
@@ -141,7 +141,7 @@ fn check_replies(name: &str, packets: &[Value], expected: &[Value]) {
         for packet in packets {
             let frame = Payload::encode(codec.format(), packet).unwrap();
             let reply = codec.decode_response(frame.bytes()).unwrap();
-            let id = reply.id.map(|id| Payload::new(codec.format(), id).to_value().unwrap());
+            let id = reply.id.map(|id| Payload::new(codec.format(), id.into()).to_value().unwrap());
             assert_eq!(id.as_ref(), packet.get("id"), "{name}");
             seen.extend(observed(&reply.body));
             if reply.body.is_final() {
@@ -356,7 +356,7 @@ proptest! {
                 let mut out = BytesMut::new();
                 codec.encode_request(&sent, &mut out).unwrap();
                 let read = codec.decode_request(&out.freeze()).unwrap();
-                let text = |raw: Raw| Payload::new(codec.format(), raw).decode::<String>().unwrap();
+                let text = |raw: Raw| Payload::new(codec.format(), raw.into()).decode::<String>().unwrap();
                 prop_assert_eq!(read.pattern.map(text), pattern.as_str().map(str::to_owned));
                 prop_assert_eq!(read.id.map(text), id.clone());
                 prop_assert_eq!(

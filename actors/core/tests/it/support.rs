@@ -14,7 +14,10 @@ pub(crate) fn paused<F: Future<Output = ()>>(test: F) {
     quiet_deliberate_panics();
     let runtime =
         || tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
-    actix_rt::System::with_tokio_rt(runtime).block_on(test);
+    actix_rt::System::with_tokio_rt(runtime).block_on(async {
+        let day = Duration::from_secs(24 * 3600);
+        tokio::time::timeout(day, test).await.expect("the test ends within a (virtual) day");
+    });
 }
 
 /// Runs a test in an actix system, for at most 60 s.

@@ -25,8 +25,7 @@ fn check(options: MemoryOptions, test: impl AsyncFnOnce(MemoryNetwork)) {
 
 #[test]
 fn a_frame_above_the_limit_is_refused_alone() {
-    let mut options = MemoryOptions::default();
-    options.max_frame_bytes = 1000;
+    let options = MemoryOptions { max_frame_bytes: 1000, ..MemoryOptions::default() };
     check(options, async |network| {
         let group =
             message("long", |Data(size): Data<usize>| async move { Ok::<_, RpcError>("x".repeat(size)) });
