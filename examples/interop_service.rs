@@ -3,12 +3,13 @@
 //! service of `tests/interop` has too.
 //!
 //! ```text
-//! $ cargo run --example interop_service -- tcp://127.0.0.1:0 'tcp://127.0.0.1:4001?maxBufferSize=100000'
-//! ready tcp://127.0.0.1:40123
-//! ready tcp://127.0.0.1:4001
+//! $ cargo run --example interop_service -- tcp://127.0.0.1:0 'tcp://127.0.0.1:0?maxBufferSize=100000'
+//! ready tcp://127.0.0.1:…
+//! ready tcp://127.0.0.1:…
+//! ^C
 //! ```
 //!
-//! On SIGTERM it answers what is in flight and exits with 0. `--name NAME` is what `whoami` answers; by default
+//! On SIGTERM or SIGINT it answers what is in flight and exits with 0. `--name NAME` is what `whoami` answers; by default
 //! the process id. NestJS's `undefinedItem` is missing: JSON has no undefined inside a stream.
 
 #![allow(clippy::print_stdout)]

@@ -55,8 +55,14 @@ pub async fn a_full_mailbox_answers_overload<H: Harness>(harness: H) {
     let seen = watch(stage.service.events());
     let options = stage.harness.client_options();
     let other = stage.harness.client(&stage.service.url(), options);
+    // One after the other, because what a session reads in one turn takes one place in the mailbox.
     let calls = (0..400u64).map(|number| {
-        if number % 2 == 0 { &stage.client } else { &other }.send::<u64>(names.of("busy"), number)
+        let client = if number % 2 == 0 { &stage.client } else { &other };
+        let call = client.send::<u64>(names.of("busy"), number);
+        async move {
+            tokio::time::sleep(Duration::from_millis(number / 4)).await;
+            call.await
+        }
     });
     let results = futures::future::join_all(calls).await;
     let refused = results.iter().filter(|result| overloaded(result)).count();
