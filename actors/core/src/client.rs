@@ -65,6 +65,8 @@ pub struct ClientOptions {
     /// How often connecting is tried again before queued calls end as `NotSent` (NestJS's
     /// `retryAttempts`). Default 0.
     pub retry_attempts: u32,
+    /// The same for a connection that was lost. Default: as `retry_attempts`.
+    pub reconnect_attempts: Option<u32>,
     /// The pause between attempts to connect. NestJS's `retryDelay` is a fixed one. Default: from 50 ms
     /// to 5 s.
     pub retry_delay: BackoffOptions,
@@ -91,6 +93,7 @@ impl Default for ClientOptions {
             max_pending: 65_536,
             max_buffered_replies: 1024,
             retry_attempts: 0,
+            reconnect_attempts: None,
             retry_delay: BackoffOptions::default(),
             reconnect: false,
             resend_attempts: 3,
@@ -937,6 +940,10 @@ async fn connect<D: Dial>(
         // A session that ends at once would otherwise be dialled in a tight loop.
         tokio::time::sleep(backoff.next_pause()).await;
     }
+    let attempts = match options.reconnect_attempts {
+        Some(attempts) if reconnecting => attempts,
+        _ => options.retry_attempts,
+    };
     let mut attempt = 0;
     loop {
         let plan = SessionPlan { role: Role::Client, subscriptions: Vec::new() };
@@ -946,7 +953,7 @@ async fn connect<D: Dial>(
             Ok(Err(error)) => error,
             Err(_) => SessionError::refused(format!("no connection within {:?}", options.connect_timeout)),
         };
-        if error.kind() == SessionErrorKind::Fatal || attempt >= options.retry_attempts {
+        if error.kind() == SessionErrorKind::Fatal || attempt >= attempts {
             return Err(error);
         }
         attempt += 1;

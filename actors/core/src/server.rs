@@ -8,6 +8,7 @@
 //!         └─ listening: accepts peers, places each on an arbiter as a session task of its own
 //! ```
 
+use std::collections::HashSet;
 use std::fmt;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
@@ -28,6 +29,7 @@ use crate::backoff::{Backoff, BackoffOptions};
 use crate::error::{SessionError, SessionErrorKind, StartError};
 use crate::events::{EventBus, ServiceEvent};
 use crate::interceptor::{Interceptor, Interceptors};
+use crate::pattern::Route;
 use crate::registry::Registry;
 use crate::request::{AppData, Scope};
 use crate::route::RouteTable;
@@ -55,8 +57,14 @@ pub struct ServerOptions {
     /// (listening) or in a row (brokers). Default: never for listening sockets, as NestJS; without end
     /// for brokers.
     pub retry_attempts: Option<u32>,
+    /// Whether `retry_attempts`, where given, also serves the first connection to a broker. Default true;
+    /// when false, a service whose broker cannot be reached fails to start at once.
+    pub retry_first: bool,
     /// The pause before trying again. Default: from 50 ms to 5 s.
     pub retry_delay: BackoffOptions,
+    /// How long stopping may take, where that is less than what the service allows. Default: what the
+    /// service allows.
+    pub grace_period: Option<Duration>,
     /// How long one attempt to connect to a broker may take. Default 10 s.
     pub connect_timeout: Duration,
     /// How long an accepted peer may take for its handshake (TLS). Default 10 s.
@@ -70,7 +78,9 @@ impl Default for ServerOptions {
             max_connections: 65_536,
             high_water_bytes: 256 * 1024,
             retry_attempts: None,
+            retry_first: true,
             retry_delay: BackoffOptions::default(),
+            grace_period: None,
             connect_timeout: Duration::from_secs(10),
             handshake_timeout: Duration::from_secs(10),
         }
@@ -235,13 +245,19 @@ impl ServerState {
         report.abandoned.extend(exit.abandoned);
     }
 
-    fn session_env(&self, tables: Tables, arbiter: usize, control: &Arc<SessionControl>) -> SessionEnv {
+    fn session_env(
+        &self,
+        tables: Tables,
+        arbiter: usize,
+        subscribed: HashSet<Route>,
+        control: &Arc<SessionControl>,
+    ) -> SessionEnv {
         SessionEnv {
             transport: self.info.clone(),
             events: self.env.events.clone(),
             limits: self.options.limits(),
             control: Arc::clone(control),
-            server: Some(ServerEnv { scope: Arc::clone(&self.scope), tables, arbiter }),
+            server: Some(ServerEnv { scope: Arc::clone(&self.scope), tables, arbiter, subscribed }),
             client: None,
         }
     }
@@ -438,6 +454,7 @@ impl Handler<Stop> for ServerActor {
     type Result = ResponseFuture<()>;
 
     fn handle(&mut self, Stop { grace }: Stop, _ctx: &mut Self::Context) -> Self::Result {
+        let grace = self.state.options.grace_period.map_or(grace, |own| own.min(grace));
         let deadline = Instant::now() + grace;
         self.state.stop.send_replace(Some(deadline));
         let done = Arc::clone(&self.done);
@@ -494,7 +511,7 @@ async fn serve_dialled<D: Dial>(
                 subscriptions: table.iter().map(|entry| entry.subscription()).collect(),
             }
         };
-        let mut fresh = tables.clone();
+        let planned = plan.subscriptions.iter().map(|subscription| subscription.route.clone()).collect();
         let limit = state.options.connect_timeout;
         let dialled = tokio::select! {
             dialled = tokio::time::timeout(limit, dial.dial(plan)) => dialled,
@@ -505,9 +522,10 @@ async fn serve_dialled<D: Dial>(
         {
             Ok(session) => {
                 failures = 0;
+                let mut fresh = tables.clone();
                 // What changed while dialling is subscribed by the session.
-                fresh.mark_unchanged();
-                let exit = run_dialled(session, &state, fresh, &mut stop).await;
+                fresh.mark_changed();
+                let exit = run_dialled(session, &state, fresh, planned, &mut stop).await;
                 let lived = exit.lived;
                 let cause = exit.cause.clone();
                 state.count(exit);
@@ -519,7 +537,12 @@ async fn serve_dialled<D: Dial>(
                 }
                 cause.unwrap_or_else(|| SessionError::lost("the connection was closed"))
             }
-            Err(error) if state.is_starting() && state.options.retry_attempts.is_none() => return Err(error),
+            Err(error)
+                if state.is_starting()
+                    && (state.options.retry_attempts.is_none() || !state.options.retry_first) =>
+            {
+                return Err(error);
+            }
             Err(error) => {
                 failures += 1;
                 error
@@ -544,6 +567,7 @@ async fn run_dialled<S: Session>(
     session: S,
     state: &Arc<ServerState>,
     tables: Tables,
+    planned: HashSet<Route>,
     stop: &mut watch::Receiver<Option<Instant>>,
 ) -> SessionExit {
     let control = Arc::new(SessionControl::default());
@@ -552,7 +576,7 @@ async fn run_dialled<S: Session>(
     state.child.set_state(ChildState::Running);
     state.ready(Ok(()));
     // A task of its own, so that a panic in a transporter ends this session and nothing else.
-    let env = state.session_env(tables, 0, &control);
+    let env = state.session_env(tables, 0, planned, &control);
     let task = AssertUnwindSafe(run_session(session, env)).catch_unwind();
     tokio::pin!(task);
     let ended = tokio::select! {
@@ -706,7 +730,7 @@ async fn serve_peer<P: Open>(
         }
     };
     let name = session.peer();
-    let env = state.session_env(tables, arbiter, &control);
+    let env = state.session_env(tables, arbiter, HashSet::new(), &control);
     match AssertUnwindSafe(run_session(session, env)).catch_unwind().await {
         Ok(exit) => {
             if let Some(error) = &exit.cause

@@ -129,6 +129,8 @@ pub(crate) struct ServerEnv {
     pub(crate) scope: Arc<Scope>,
     pub(crate) tables: watch::Receiver<Arc<RouteTable>>,
     pub(crate) arbiter: usize,
+    /// The routes that the session was dialled with.
+    pub(crate) subscribed: HashSet<Route>,
 }
 
 /// What every session needs.
@@ -325,7 +327,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         }),
     });
     let table = env.server.as_ref().map(|server| Arc::clone(&server.tables.borrow())).unwrap_or_default();
-    let subscribed = table.iter().map(|entry| entry.route.clone()).collect();
+    let subscribed = env.server.as_ref().map(|server| server.subscribed.clone()).unwrap_or_default();
     let table_changed = match &env.server {
         Some(server) if env.transport.subscribes => Some(watch_tables(server.tables.clone())),
         _ => None,
@@ -456,7 +458,9 @@ impl<S: Session> Loop<S> {
             // The peer closed its side: nothing can be asked any more, what was asked is answered.
             self.draining = true;
         }
-        if self.draining && (!self.reading || self.env.server.is_none()) {
+        // A reader that is held back by a bound, or whose drain does not end, is not waited for for ever.
+        let abandon = self.env.control.abandon.load(Ordering::Acquire);
+        if self.draining && (!self.reading || self.env.server.is_none() || abandon) {
             return self.finish(cx, flushed);
         }
         Poll::Pending

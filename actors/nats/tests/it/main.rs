@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The NATS transporter against a real nats-server, which each test starts on a port of its own.
+#![allow(clippy::unwrap_used)]
+
+mod broker;
+mod calls;
+mod config;
+mod faults;
+mod messages;
+mod world;

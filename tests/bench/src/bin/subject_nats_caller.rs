@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Subject of the NATS caller: a Martlet client, a task for each call in flight, on one thread.
+
+use std::time::Instant;
+
+use clap::Parser;
+use futures::future::try_join_all;
+use martlet_bench::Result;
+use martlet_bench::options::Measure;
+use martlet_bench::report::Report;
+use martlet_bench::service::SUM;
+use martlet_bench::window::Window;
+use martlet_core::{ClientProxy, Pattern};
+use martlet_nats::{NatsClient, NatsClientOptions};
+
+/// Call sums over NATS with Martlet.
+#[derive(Parser)]
+struct Options {
+    /// The broker.
+    #[arg(long, value_name = "URL", default_value = "nats://127.0.0.1:4222")]
+    nats: String,
+    /// Requests in flight.
+    #[arg(long, default_value_t = 64)]
+    depth: usize,
+    /// Send no deadline with the calls, as the baseline does.
+    #[arg(long)]
+    no_deadline: bool,
+    #[command(flatten)]
+    measure: Measure,
+}
+
+fn main() -> Result<()> {
+    let Options { nats, depth, no_deadline, measure } = Options::parse();
+    actix_rt::System::new().block_on(async {
+        let mut options = NatsClientOptions::new().servers([nats.clone()]);
+        options.client.propagate = !no_deadline;
+        let client = NatsClient::new(options);
+        client.connect().await?;
+        let window = measure.window();
+        let load = async {
+            try_join_all((0..depth).map(|number| call(&client, number, &window))).await?;
+            Ok(())
+        };
+        let report = window.measure(measure.warmup(), load).await?;
+        client.close().await;
+        measure.print(&Report { target: nats, connections: 1, depth, ..report })
+    })
+}
+
+async fn call(client: &ClientProxy, number: usize, window: &Window) -> Result<()> {
+    let pattern = Pattern::parse(SUM);
+    let mut turn = number;
+    while window.is_sending() {
+        turn += 1;
+        let data = [(turn % 90 + 10) as i64, 2, 3, 4, 5];
+        let sent = Instant::now();
+        let sum: i64 = client.send(&pattern, data).await?;
+        if sum != data.iter().sum::<i64>() {
+            return Err(format!("a wrong reply: {sum}").into());
+        }
+        window.count(sent.elapsed())?;
+    }
+    Ok(())
+}
