@@ -242,7 +242,10 @@ impl ServerState {
         let mut report = self.report.lock();
         report.done += exit.answered;
         report.handed_back += exit.handed_back;
-        report.abandoned.extend(exit.abandoned);
+        // Whoever asked and went away before the stop was not abandoned by us; and the list would have no bound.
+        if self.stop.borrow().is_some() {
+            report.abandoned.extend(exit.abandoned);
+        }
     }
 
     fn session_env(
