@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use martlet::tcp::{TcpServer, TcpServerOptions};
+use martlet::tcp::{
+    TcpClient, TcpClientOptions, TcpServer, TcpServerOptions, TlsClientOptions, TlsServerOptions,
+};
 use martlet::{CallError, Data, Microservice, RpcError, message};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -32,6 +34,7 @@ macro_rules! list {
 }
 
 list! { TO_MARTLET:
+    "TLS" [on_tcp] tls_service,
     "the client is killed in mid-call" [everywhere] client_killed,
     "the service is killed in mid-call" [everywhere] service_killed,
     "the service stops at once in mid-call" [on_tcp] service_stops_at_once,
@@ -44,6 +47,7 @@ list! { TO_MARTLET:
 }
 
 list! { TO_NEST:
+    "TLS" [on_tcp] tls_client,
     "the service is killed in mid-call" [everywhere] nest_killed,
     "the service is closed under load: each call has one outcome" [everywhere] nest_closed_under_load,
     "the service goes away and comes back" [everywhere] nest_returns,
@@ -51,7 +55,34 @@ list! { TO_NEST:
     "a reply above our maxBufferSize" [on_tcp] oversized_reply,
 }
 
+/// A self-signed certificate for 127.0.0.1: its key and itself, as PEM texts.
+fn certificate() -> (String, String) {
+    let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned(), "localhost".to_owned()]).unwrap();
+    (made.signing_key.serialize_pem(), made.cert.pem())
+}
+
 // === a NestJS client calls our service ===
+
+async fn tls_service(pair: &Pair) {
+    let (key, cert) = certificate();
+    let tls = TlsServerOptions::new(key, cert.clone());
+    let options = TcpServerOptions::new().address("127.0.0.1", 0).tls(tls);
+    let service = Service::start("encrypted", TcpServer::new(options).into(), None).await;
+    let place = Place::Tcp(service.port());
+    let trusting = json!({ "tlsOptions": { "ca": cert } }).to_string();
+    let nest = place.nest(pair.version, "client", &["--options", &trusting]).await;
+    nest.send(json!({ "cmd": "sum" }), json!([1, 2, 3])).await.completes(json!([6]));
+    let text = "ż😀".repeat(100_000);
+    nest.send(json!("echo"), json!(text)).await.completes(json!([text]));
+    nest.expect_errors(0).await;
+    assert_eq!(service.take_events(), Vec::<&str>::new());
+    // Without that authority there is no connection, and a report.
+    let doubting = place.nest(pair.version, "client", &["--options", r#"{"tlsOptions":{}}"#]).await;
+    doubting.send(json!("echo"), json!(1)).await.error_text();
+    eventually("the report", || async { service.take_events() == ["session"] }).await;
+    nest.send(json!("echo"), json!(1)).await.completes(json!([1]));
+    service.stop().await;
+}
 
 async fn client_killed(pair: &Pair) {
     let (place, broker) = pair.elsewhere().await;
@@ -267,6 +298,24 @@ fn place_of(place: &Place, port: u16) -> Place {
     }
 }
 
+async fn tls_client(pair: &Pair) {
+    let (key, cert) = certificate();
+    let options = json!({ "tlsOptions": { "key": key, "cert": cert } }).to_string();
+    let nest = Place::Tcp(0).nest(pair.version, "server", &["--options", &options]).await;
+    let address = || TcpClientOptions::new().address("127.0.0.1", nest.port);
+    let client = TcpClient::new(address().tls(TlsClientOptions::new(cert)));
+    assert_eq!(client.send::<i64>(cmd("sum"), [1, 2, 3]).await.unwrap(), 6);
+    let text = "ż😀".repeat(100_000);
+    assert_eq!(client.send::<String>("echo", &text).await.unwrap(), text);
+    nest.expect_errors(0).await;
+    let doubting = TcpClient::new(address().tls(TlsClientOptions::new(certificate().1)));
+    let error = doubting.send::<Value>("echo", 1).await.unwrap_err();
+    assert!(matches!(error, CallError::NotSent { .. }), "{error:?}");
+    assert!(error.to_string().contains("tls handshake failed"), "{error}");
+    assert_eq!(client.send::<i64>("echo", 1).await.unwrap(), 1);
+    client.close().await;
+}
+
 async fn nest_killed(pair: &Pair) {
     let (place, _broker) = pair.elsewhere().await;
     let nest = place.nest(pair.version, "server", &[]).await;
@@ -384,10 +433,9 @@ async fn broker_restarts_under_our_client(pair: &Pair) {
 }
 
 async fn oversized_reply(pair: &Pair) {
-    let options = martlet::tcp::TcpClientOptions::new()
-        .address("127.0.0.1", pair.nest.port)
-        .with(|it| it.max_buffer_size = 10_000);
-    let client = martlet::tcp::TcpClient::new(options);
+    let options =
+        TcpClientOptions::new().address("127.0.0.1", pair.nest.port).with(|it| it.max_buffer_size = 10_000);
+    let client = TcpClient::new(options);
     let error = client.send::<String>("big", json!({ "n": 1_000_000 })).await.unwrap_err();
     assert!(matches!(&error, CallError::Lost { cause } if cause.to_string().contains("10000")), "{error}");
     let text: String = client.send("big", json!({ "n": 9000 })).await.unwrap();
