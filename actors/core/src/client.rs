@@ -36,11 +36,11 @@ use crate::packet::Metadata;
 use crate::pattern::Pattern;
 use crate::payload::{EncodeError, Format, Payload};
 use crate::reply::IntoRecord;
-use crate::request::{TIMEOUT_KEY, TRACEPARENT_KEY, TRACESTATE_KEY};
+use crate::request::{TRACEPARENT_KEY, TRACESTATE_KEY};
 use crate::responder::{Cancellation, SlotKey};
 use crate::session::{SessionControl, SessionEnv, SessionExit, SessionLimits, run_session};
 use crate::status::{ConnectionStatus, StatusCell};
-use crate::supervise::panic_text;
+use crate::supervise::{Child, panic_text};
 use crate::trace::{Ambient, TraceContext};
 use crate::transport::{ContextData, Dial, OutboundMessage, Role, Session, SessionPlan, TransportInfo};
 
@@ -144,6 +144,9 @@ pub struct ClientProxy {
     shared: Arc<Shared>,
 }
 
+type Launch = Box<dyn Fn(&Arc<Shared>) -> Addr<ClientActor> + Send + Sync>;
+type CheckPattern = Box<dyn Fn(&Pattern) -> Result<(), String> + Send + Sync>;
+
 struct Shared {
     core: Arc<ClientCore>,
     options: ClientOptions,
@@ -152,8 +155,8 @@ struct Shared {
     events: EventBus,
     native: Mutex<Option<ContextData>>,
     /// Starts the actor on the current arbiter.
-    launch: Box<dyn Fn(&Arc<Shared>) -> Addr<ClientActor> + Send + Sync>,
-    check: Box<dyn Fn(&Pattern) -> Result<(), String> + Send + Sync>,
+    launch: Launch,
+    check: CheckPattern,
     actor: Mutex<Option<Addr<ClientActor>>>,
     /// Someone asked for a connection without a call.
     eager: Mutex<Vec<tokio::sync::oneshot::Sender<Result<(), SessionError>>>>,
@@ -272,6 +275,8 @@ impl ClientProxy {
     pub async fn close(&self) {
         self.shared.core.close();
         self.shared.core.end_all(&CallError::Closed);
+        // Whoever waits for a connection is told by this being dropped.
+        self.shared.eager.lock().clear();
         let actor = self.shared.actor.lock().clone();
         if let Some(actor) = actor {
             // An error means that it has stopped already.
@@ -319,6 +324,12 @@ impl ClientProxy {
     /// What it speaks.
     pub fn transport(&self) -> &TransportInfo {
         &self.shared.info
+    }
+
+    /// Shows the client in a supervision tree, as long as the place is kept.
+    pub(crate) fn watch_in(&self, child: &Child) {
+        let core = Arc::downgrade(&self.shared.core);
+        child.watch_in_flight(move || core.upgrade().map_or(0, |core| core.pending() as u64));
     }
 
     /// Calls and events that have not ended.
@@ -420,21 +431,22 @@ impl Prepared {
             let left = deadline.saturating_duration_since(Instant::now());
             timeout = Some(timeout.map_or(left, |timeout| timeout.min(left)));
         }
+        let mut told = None;
         if client.shared.options.propagate {
-            if let (CallKind::Single, Some(timeout)) = (kind, timeout)
-                && metadata.get(TIMEOUT_KEY).is_none()
-            {
-                metadata.insert(TIMEOUT_KEY, timeout.as_millis().to_string());
-            }
+            // A stream's timeout is for each reply: its handler has no deadline.
+            told = timeout.filter(|_| kind == CallKind::Single);
             if let Some(trace) = ambient.and_then(|ambient| ambient.trace)
                 && metadata.get(TRACEPARENT_KEY).is_none()
             {
                 insert_trace(&mut metadata, &trace.child());
             }
         }
-        client.start()?;
-        let message = OutboundMessage { id: None, pattern, data, metadata, headers };
-        let key = client.shared.core.insert(NewCall { message, kind, timeout, idempotent })?;
+        let message = Box::new(OutboundMessage { id: None, pattern, data, metadata, timeout: told, headers });
+        let (key, connected) = client.shared.core.insert(NewCall { message, kind, timeout, idempotent })?;
+        if !connected && let Err(error) = client.start() {
+            client.shared.core.forget(key);
+            return Err(error);
+        }
         let cancelled = cancellation.map(|token| {
             Box::pin(async move { token.cancelled().await }) as Pin<Box<dyn Future<Output = ()> + Send>>
         });
@@ -454,7 +466,7 @@ impl Running {
         if self.ended {
             return Poll::Ready(None);
         }
-        let shared = Arc::clone(&self.client.shared);
+        let shared = &self.client.shared;
         if let Some(cancelled) = &mut self.cancelled
             && cancelled.as_mut().poll(cx).is_ready()
         {
@@ -463,10 +475,13 @@ impl Running {
         }
         match shared.core.poll_reply(self.key, cx) {
             Poll::Pending => Poll::Pending,
-            Poll::Ready(Some(Ok(payload))) => Poll::Ready(Some(match &shared.options.map_response {
-                Some(map) => map(payload),
-                None => Ok(payload),
-            })),
+            Poll::Ready(Some(Ok((payload, last)))) => {
+                self.ended = last;
+                Poll::Ready(Some(match &shared.options.map_response {
+                    Some(map) => map(payload),
+                    None => Ok(payload),
+                }))
+            }
             Poll::Ready(Some(Err(error))) => {
                 self.ended = true;
                 Poll::Ready(Some(Err(match (error, &shared.options.map_error) {
@@ -791,6 +806,10 @@ impl Drop for DriverGuard {
         let cause = SessionError::lost("the client's arbiter or driver ended");
         self.0.core.session_ended(&cause);
         self.0.core.fail_queued(&cause);
+        for waiting in self.0.eager.lock().drain(..) {
+            // Whoever asked may have stopped waiting.
+            let _ = waiting.send(Err(cause.clone()));
+        }
         self.0.native.lock().take();
         self.0.status.set(ConnectionStatus::Disconnected);
     }

@@ -4,12 +4,12 @@
 
 use std::fmt;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use crate::json::{self, Members};
 use crate::msgpack;
 pub use crate::packet::{INTERNAL_ERROR_TEXT, NO_HANDLER_TEXT};
-use crate::packet::{IncomingPacket, OutgoingPacket, PatternText, ResponseBody, ResponsePacket};
+use crate::packet::{IncomingPacket, OutgoingPacket, PatternText, Raw, ResponseBody, ResponsePacket};
 use crate::payload::{EncodeError, Format, Payload};
 
 /// Turns packets into bytes and back. The bytes are one message; framing is the transporter's business.
@@ -32,8 +32,18 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     ///
     /// # Errors
     ///
-    /// [`CodecError::Malformed`] if the frame is not one value.
+    /// [`CodecError::Json`] or [`CodecError::MessagePack`] if the frame is not one value; see
+    /// [`CodecError::is_malformed`].
     fn decode_request(&self, frame: &Bytes) -> Result<IncomingPacket, CodecError>;
+
+    /// As [`Codec::decode_request`], for a frame that is not needed any more: the payload can take it over.
+    ///
+    /// # Errors
+    ///
+    /// As [`Codec::decode_request`].
+    fn decode_request_owned(&self, frame: Bytes) -> Result<IncomingPacket, CodecError> {
+        self.decode_request(&frame)
+    }
 
     /// Writes a request or an event, members in the order `pattern`, `data`, `metadata`, `id`.
     ///
@@ -52,7 +62,8 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     ///
     /// # Errors
     ///
-    /// [`CodecError::Malformed`] if the frame is not one value.
+    /// [`CodecError::Json`] or [`CodecError::MessagePack`] if the frame is not one value; see
+    /// [`CodecError::is_malformed`].
     fn decode_response(&self, frame: &Bytes) -> Result<ResponsePacket, CodecError>;
 
     /// Writes a reply. `id` is a raw value in the codec's format and copied as it is.
@@ -106,22 +117,28 @@ const RESPONSE: [&str; 5] = ["id", "err", "response", "isDisposed", "status"];
 
 // === Shared reading ===
 
-fn request(frame: &Bytes, format: Format, members: Members<4>) -> IncomingPacket {
-    let payload = |span| Payload::new(format, frame.slice(span));
+fn into_payload(mut frame: Bytes, format: Format, span: json::Span) -> Payload {
+    frame.truncate(span.end);
+    frame.advance(span.start);
+    Payload::new(format, frame)
+}
+
+fn request(frame: Bytes, format: Format, members: Members<4>) -> IncomingPacket {
     let [pattern, data, id, metadata] = members.spans;
     if pattern.is_none() && data.is_none() {
         return IncomingPacket {
             pattern: None,
-            data: Some(payload(members.value)),
+            data: Some(into_payload(frame, format, members.value)),
             id: None,
             metadata: None,
         };
     }
     IncomingPacket {
-        pattern: pattern.map(|span| frame.slice(span)),
-        data: data.map(payload),
-        id: id.map(|span| frame.slice(span)),
-        metadata: metadata.map(payload),
+        pattern: pattern.map(|span| Raw::slice(&frame, span)),
+        id: id.map(|span| Raw::slice(&frame, span)),
+        metadata: metadata.map(|span| Payload::new(format, frame.slice(span))),
+        // The frame itself becomes the data: one reference is all a request needs.
+        data: data.map(|span| into_payload(frame, format, span)),
     }
 }
 
@@ -130,7 +147,7 @@ fn response(frame: &Bytes, format: Format, members: Members<5>, rules: &ValueRul
     if !members.is_object || members.has_others || members.is_empty_object() {
         let [id, ..] = members.spans;
         return ResponsePacket {
-            id: id.map(|span| frame.slice(span)),
+            id: id.map(|span| Raw::slice(frame, span)),
             status: None,
             body: ResponseBody::Last(Some(payload(members.value))),
             foreign: true,
@@ -145,8 +162,8 @@ fn response(frame: &Bytes, format: Format, members: Members<5>, rules: &ValueRul
         (None, None) => ResponseBody::Item(value.map_or_else(|| Payload::null(format), payload)),
     };
     ResponsePacket {
-        id: id.map(|span| frame.slice(span)),
-        status: status.map(|span| frame.slice(span)),
+        id: id.map(|span| Raw::slice(frame, span)),
+        status: status.map(|span| Raw::slice(frame, span)),
         body,
         foreign: false,
     }
@@ -194,7 +211,12 @@ impl Codec for JsonCodec {
     }
 
     fn decode_request(&self, frame: &Bytes) -> Result<IncomingPacket, CodecError> {
-        Ok(request(frame, Format::Json, json::members(frame, &REQUEST).map_err(CodecError::Json)?))
+        self.decode_request_owned(frame.clone())
+    }
+
+    fn decode_request_owned(&self, frame: Bytes) -> Result<IncomingPacket, CodecError> {
+        let members = json::members(&frame, &REQUEST).map_err(CodecError::Json)?;
+        Ok(request(frame, Format::Json, members))
     }
 
     fn encode_request(&self, packet: &OutgoingPacket<'_>, out: &mut BytesMut) -> Result<(), CodecError> {
@@ -317,7 +339,7 @@ impl Codec for MessagePackCodec {
 
     fn decode_request(&self, frame: &Bytes) -> Result<IncomingPacket, CodecError> {
         let members = msgpack::members(frame, &REQUEST).map_err(CodecError::MessagePack)?;
-        Ok(request(frame, Format::MessagePack, members))
+        Ok(request(frame.clone(), Format::MessagePack, members))
     }
 
     fn encode_request(&self, packet: &OutgoingPacket<'_>, out: &mut BytesMut) -> Result<(), CodecError> {

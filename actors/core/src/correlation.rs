@@ -12,14 +12,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use bytes::Bytes;
 use parking_lot::Mutex;
 use slab::Slab;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::error::{CallError, RemoteError, SessionError, SharedError};
-use crate::packet::{ResponseBody, ResponsePacket};
+use crate::packet::{Raw, ResponseBody, ResponsePacket};
 use crate::pattern::Route;
 use crate::payload::Payload;
 use crate::responder::SlotKey;
@@ -36,7 +35,7 @@ pub(crate) struct CorrelationLimits {
 
 /// A call as its future hands it over.
 pub(crate) struct NewCall {
-    pub(crate) message: OutboundMessage,
+    pub(crate) message: Box<OutboundMessage>,
     pub(crate) kind: CallKind,
     pub(crate) timeout: Option<Duration>,
     pub(crate) idempotent: bool,
@@ -58,17 +57,46 @@ struct Entry {
     kind: CallKind,
     route: Route,
     /// Present until written; kept after that only for calls that may be sent again.
-    message: Option<OutboundMessage>,
+    message: Option<Box<OutboundMessage>>,
     sent: bool,
     idempotent: bool,
     attempts: u32,
     timeout: Option<Duration>,
     deadline: Option<Instant>,
-    replies: VecDeque<Payload>,
+    replies: Replies,
     ended: Option<Result<(), CallError>>,
     /// The caller is gone (an emitted event): the entry goes with its end.
     detached: bool,
     waker: Option<Waker>,
+}
+
+/// Replies that wait to be read: nearly always one at the most, which costs no allocation.
+#[derive(Default)]
+struct Replies {
+    first: Option<Payload>,
+    more: VecDeque<Payload>,
+}
+
+impl Replies {
+    fn push_back(&mut self, reply: Payload) {
+        if self.first.is_none() {
+            self.first = Some(reply);
+        } else {
+            self.more.push_back(reply);
+        }
+    }
+
+    fn pop_front(&mut self) -> Option<Payload> {
+        let first = self.first.take();
+        if first.is_some() {
+            self.first = self.more.pop_front();
+        }
+        first
+    }
+
+    fn len(&self) -> usize {
+        usize::from(self.first.is_some()) + self.more.len()
+    }
 }
 
 #[derive(Default)]
@@ -114,8 +142,8 @@ impl ClientCore {
 
     // === the caller's side ===
 
-    /// Takes a call in.
-    pub(crate) fn insert(&self, call: NewCall) -> Result<SlotKey, CallError> {
+    /// Takes a call in, and says whether there is a session for it.
+    pub(crate) fn insert(&self, call: NewCall) -> Result<(SlotKey, bool), CallError> {
         let mut state = self.state.lock();
         if state.closed {
             return Err(CallError::Closed);
@@ -137,7 +165,7 @@ impl ClientCore {
             attempts: 0,
             timeout: call.timeout,
             deadline,
-            replies: VecDeque::new(),
+            replies: Replies::default(),
             ended: None,
             detached: false,
             waker: None,
@@ -152,26 +180,32 @@ impl ClientCore {
             Some(_) => {}
             None => self.demand.notify_one(),
         }
+        let connected = state.session.is_some();
         drop(state);
         if first {
             self.timer.notify_one();
         }
-        Ok(key)
+        Ok((key, connected))
     }
 
-    /// The next reply of a call; `None` when it completed.
+    /// The next reply of a call, and whether it is certainly the last (the slot is then free); `None` when it
+    /// completed.
     pub(crate) fn poll_reply(
         &self,
         key: SlotKey,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Payload, CallError>>> {
+    ) -> Poll<Option<Result<(Payload, bool), CallError>>> {
         let mut state = self.state.lock();
         let Some(entry) = state.entry(key) else {
             // Freed already: the caller polls after the end.
             return Poll::Ready(None);
         };
         if let Some(reply) = entry.replies.pop_front() {
-            return Poll::Ready(Some(Ok(reply)));
+            let last = matches!(entry.ended, Some(Ok(()))) && entry.replies.len() == 0;
+            if last {
+                state.remove(key);
+            }
+            return Poll::Ready(Some(Ok((reply, last))));
         }
         if let Some(ended) = entry.ended.take() {
             state.remove(key);
@@ -262,12 +296,12 @@ impl ClientCore {
             let message = if entry.idempotent { entry.message.clone() } else { entry.message.take() };
             let Some(mut message) = message else { continue };
             if entry.kind == CallKind::Event {
-                return Some((key, Outbound::Event(message)));
+                return Some((key, Outbound::Event(*message)));
             }
             message.id = Some(id);
             entry.sent = true;
             entry.attempts += 1;
-            return Some((key, Outbound::Request(message)));
+            return Some((key, Outbound::Request(*message)));
         }
     }
 
@@ -319,6 +353,9 @@ impl ClientCore {
             let route = entry.route.clone();
             state.end(key, Err(CallError::Overloaded { bound: "max_buffered_replies", limit }));
             state.cancels.push_back((self.id(key), route));
+            if let Some(session) = &state.session {
+                session.wake();
+            }
             return;
         }
         entry.replies.push_back(payload);
@@ -372,7 +409,7 @@ impl ClientCore {
             .map(|(index, entry)| {
                 let again = entry.idempotent
                     && entry.attempts <= self.limits.resend_attempts
-                    && entry.replies.is_empty();
+                    && entry.replies.len() == 0;
                 (SlotKey { index: index as u32, generation: entry.generation }, again)
             })
             .collect();
@@ -437,10 +474,16 @@ impl ClientCore {
             .map(|(index, entry)| SlotKey { index: index as u32, generation: entry.generation })
             .collect();
         for key in open {
+            // The session says it before it closes: handlers behind a broker would not learn it otherwise.
+            let under_way = state.entry(key).filter(|entry| entry.sent && entry.kind != CallKind::Event);
+            if let Some(route) = under_way.map(|entry| entry.route.clone())
+                && state.session.is_some()
+            {
+                state.cancels.push_back((self.id(key), route));
+            }
             state.end(key, Err(outcome.clone()));
         }
         state.queue.clear();
-        state.cancels.clear();
     }
 
     // === the timer ===
@@ -493,8 +536,8 @@ impl ClientCore {
 }
 
 /// An id of ours, out of the raw bytes of a reply's `id`: a JSON or MessagePack string.
-fn own_id(raw: &Bytes) -> Option<PacketId> {
-    let text = match raw.as_ref() {
+fn own_id(raw: &Raw) -> Option<PacketId> {
+    let text = match &**raw {
         [b'"', text @ .., b'"'] if text.len() == PacketId::LEN => text,
         [0xb5, text @ ..] if text.len() == PacketId::LEN => text,
         text => text,

@@ -18,7 +18,6 @@ use std::hash::{BuildHasher, Hasher};
 use std::panic::{AssertUnwindSafe, Location, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
@@ -131,7 +130,8 @@ pub struct HandlerSupervision {
     /// Requests that wait for a free place of [`HandlerInfo::concurrency`], per handler and replica.
     /// Default 1024; more are answered with an overload error.
     pub max_waiting: usize,
-    /// Messages in the replica's mailbox. Default 65,536; more are answered with an overload error.
+    /// Messages in the replica's mailbox, each of which holds what one turn of a session read. Default
+    /// 65,536; more are answered with an overload error.
     pub mailbox_capacity: usize,
 }
 
@@ -534,9 +534,28 @@ where
         HandlerGroup::from_parts(short_name::<A>(), handlers, move |context| {
             let child = context.child.child(short_name::<A>(), "actor");
             let escalate = context.escalate.clone();
+            let place = child.clone();
             let address = spec.clone().start(child, context.events.clone(), move |cause| (escalate.0)(cause));
-            forwards.iter().map(|forward| forward(address.clone())).collect()
+            forwards
+                .iter()
+                .map(|forward| {
+                    let routed = Routed { forward: forward(address.clone()), _place: place.clone() };
+                    Box::new(routed) as Box<dyn Endpoint>
+                })
+                .collect()
         })
+    }
+}
+
+/// A route to an actor. Keeps the actor's place in the tree, so that one that gave up is still seen there.
+struct Routed {
+    forward: Box<dyn Endpoint>,
+    _place: Child,
+}
+
+impl Endpoint for Routed {
+    fn call(&self, request: Request) -> Outcome {
+        self.forward.call(request)
     }
 }
 
@@ -635,9 +654,12 @@ fn short_name<T>() -> &'static str {
 
 // === the routed actor ===
 
-/// A request for a handler, with the duty to end it.
+/// Requests for the handlers of one replica: what one turn of a session read for it, in order.
 #[derive(Message)]
 #[rtype(result = "()")]
+pub(crate) struct InvokeBatch(pub(crate) Vec<Invoke>);
+
+/// A request for a handler, with the duty to end it.
 pub(crate) struct Invoke {
     pub(crate) endpoint: u32,
     pub(crate) request: Request,
@@ -745,14 +767,14 @@ fn with_interceptors(group: &HandlerGroup, global: &Arc<[Arc<dyn Interceptor>]>)
             .map(|(endpoint, chain)| {
                 let (endpoint, chain, global) = (Rc::new(endpoint), Arc::clone(chain), Arc::clone(&global));
                 Box::new(move |request: Request| {
-                    let inherits = request.scope.inherit && !global.is_empty();
-                    if !inherits && chain.is_empty() && request.scope.interceptors.is_empty() {
+                    let inherits = request.0.scope.server.inherit && !global.is_empty();
+                    if !inherits && chain.is_empty() && request.0.scope.server.interceptors.is_empty() {
                         return endpoint.call(request);
                     }
                     let (endpoint, chain, global) =
                         (Rc::clone(&endpoint), Arc::clone(&chain), Arc::clone(&global));
                     Outcome::future(async move {
-                        let scope = Arc::clone(&request.scope);
+                        let scope = Arc::clone(&request.0.scope.server);
                         let inherited: &[_] = if scope.inherit { &global } else { &[] };
                         Next::new([&scope.interceptors, inherited, &chain], &**endpoint).run(request).await
                     })
@@ -770,11 +792,13 @@ impl Actor for HandlerActor {
     }
 }
 
-impl Handler<Invoke> for HandlerActor {
+impl Handler<InvokeBatch> for HandlerActor {
     type Result = ();
 
-    fn handle(&mut self, invoke: Invoke, _ctx: &mut Self::Context) {
-        self.replica.accept(invoke);
+    fn handle(&mut self, InvokeBatch(batch): InvokeBatch, _ctx: &mut Self::Context) {
+        for invoke in batch {
+            self.replica.accept(invoke);
+        }
     }
 }
 
@@ -809,25 +833,25 @@ impl Replica {
             responder.fail(&RpcError::unexpected(format!("handler {} gave up: {cause}", handler.route)));
             return;
         }
-        if let Some(deadline) = request.deadline
+        if let Some(deadline) = request.0.deadline
             && Instant::now() >= deadline
         {
             // Its caller has stopped waiting: running it would be work for nobody.
-            responder.fail(&RpcError::message("Deadline exceeded"));
+            responder.fail(&deadline_exceeded());
             return;
         }
         if !self.poison.borrow().is_empty()
-            && let Some(kills) = self.kills(&handler.route, request.data.as_ref())
+            && let Some(kills) = self.kills(&handler.route, request.0.data.as_ref())
         {
             self.context.events.emit(ServiceEvent::PoisonRefused { route: handler.route.clone(), kills });
             responder.fail(&poisoned(kills));
             return;
         }
-        handler.stats.in_flight.fetch_add(1, Ordering::Relaxed);
+        handler.stats.in_flight.add(1);
         handler.running.set(handler.running.get() + 1);
-        let data = request.data.clone();
-        let deadline = request.deadline;
-        let ambient = request.metadata.is_some().then(|| Ambient { trace: request.trace(), deadline });
+        let data = request.0.data.as_ref().filter(|_| self.supervision.poison_after > 0).cloned();
+        let deadline = request.0.deadline;
+        let ambient = request.0.metadata.is_some().then(|| Ambient { trace: request.trace(), deadline });
         let endpoints = Rc::clone(&self.endpoints.borrow());
         let enter = |work: &mut dyn FnMut() -> Poll<HandlerResult>| match &ambient {
             Some(ambient) => ambient.enter(work),
@@ -919,7 +943,7 @@ impl Replica {
                 };
                 let Some(responder) = responder.take() else { return Ended::Failed };
                 match result {
-                    Ok(Reply::Stream(stream)) => replica.pump(index, stream, responder).await,
+                    Ok(Reply::Stream(stream)) => replica.pump(index, stream, responder, deadline).await,
                     other => replica.answer(index, other, responder),
                 }
             }
@@ -941,7 +965,7 @@ impl Replica {
                         Ok(ended) => ended,
                         Err(_) => {
                             if let Some(responder) = responder.take() {
-                                responder.fail(&RpcError::message("Deadline exceeded"));
+                                responder.fail(&deadline_exceeded());
                             }
                             Ok(Ended::Failed)
                         }
@@ -973,10 +997,18 @@ impl Replica {
         index: u32,
         mut stream: LocalBoxStream<'static, Result<Payload, RpcError>>,
         responder: Responder,
+        deadline: Option<Instant>,
     ) -> Ended {
-        let Some(mut item) = stream.next().await else {
-            responder.end(None, None);
-            return Ended::Well;
+        let mut item = match by(deadline, stream.next()).await {
+            Ok(Some(item)) => item,
+            Ok(None) => {
+                responder.end(None, None);
+                return Ended::Well;
+            }
+            Err(error) => {
+                responder.fail(&error);
+                return Ended::Failed;
+            }
         };
         loop {
             let payload = match item {
@@ -1001,11 +1033,15 @@ impl Replica {
                     if responder.is_gone() {
                         return Ended::Well;
                     }
-                    match stream.next().await {
-                        Some(next) => next,
-                        None => {
+                    match by(deadline, stream.next()).await {
+                        Ok(Some(next)) => next,
+                        Ok(None) => {
                             responder.end(None, None);
                             return Ended::Well;
+                        }
+                        Err(error) => {
+                            responder.fail(&error);
+                            return Ended::Failed;
                         }
                     }
                 }
@@ -1019,21 +1055,27 @@ impl Replica {
     fn finished(self: &Rc<Self>, index: u32, ended: Ended) {
         let handler = &self.handlers[index as usize];
         let stats = &handler.stats;
-        stats.in_flight.fetch_sub(1, Ordering::Relaxed);
-        stats.handled.fetch_add(1, Ordering::Relaxed);
+        stats.in_flight.add(-1);
+        stats.handled.add(1);
         match ended {
             Ended::Well => {}
             Ended::Failed => {
-                stats.failed.fetch_add(1, Ordering::Relaxed);
+                stats.failed.add(1);
             }
             Ended::Panicked => {
-                stats.failed.fetch_add(1, Ordering::Relaxed);
-                stats.panicked.fetch_add(1, Ordering::Relaxed);
+                stats.failed.add(1);
+                stats.panicked.add(1);
             }
         }
         handler.running.set(handler.running.get() - 1);
         if handler.concurrency.is_some() {
-            let next = handler.waiting.borrow_mut().pop_front();
+            // Those whose callers have gone meanwhile are not begun.
+            let next = loop {
+                let next = handler.waiting.borrow_mut().pop_front();
+                if next.as_ref().is_none_or(|next| !next.responder.is_gone()) {
+                    break next;
+                }
+            };
             if let Some(next) = next {
                 // A task of its own, so that a long queue of ready handlers does not recurse.
                 let replica = Rc::clone(self);
@@ -1121,6 +1163,19 @@ impl Drop for Finish {
     fn drop(&mut self) {
         self.replica.finished(self.index, self.ended);
     }
+}
+
+/// Waits no longer than until the caller stops waiting.
+async fn by<T>(deadline: Option<Instant>, work: impl Future<Output = T>) -> Result<T, RpcError> {
+    match deadline {
+        Some(deadline) => tokio::time::timeout_at(deadline, work).await.map_err(|_| deadline_exceeded()),
+        None => Ok(work.await),
+    }
+}
+
+/// The answer to a caller that stopped waiting, for those who still read it.
+fn deadline_exceeded() -> RpcError {
+    RpcError::message("Deadline exceeded")
 }
 
 fn responder_fail(responder: Responder) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The core of Martlet: the contract of transporters, the runtime around them, and the handlers, clients
 //! and supervision that applications see.
+#![warn(clippy::print_stdout)]
 
 pub mod arbiters;
 pub mod backoff;

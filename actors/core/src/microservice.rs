@@ -127,6 +127,16 @@ impl Microservice {
         self
     }
 
+    /// Declares several clients, a name each; see [`client`](Self::client).
+    pub fn clients<N, C>(mut self, clients: impl IntoIterator<Item = (N, C)>) -> Self
+    where
+        N: Into<String>,
+        C: Into<ClientProxy>,
+    {
+        self.app.clients.extend(clients.into_iter().map(|(name, client)| (name.into(), client.into())));
+        self
+    }
+
     /// Shares a value with every handler, by its type.
     pub fn state<T: Send + Sync + 'static>(mut self, value: T) -> Self {
         self.app.state.insert(value);
@@ -186,11 +196,18 @@ impl Microservice {
             self.interceptors.into(),
             escalate.clone(),
         );
+        let clients = self.app.clients.iter().map(|(name, client)| {
+            let child = root.child(name.as_str(), "client");
+            client.watch_in(&child);
+            child
+        });
+        let clients = clients.collect();
         let app = Arc::new(self.app);
         let service = RunningService {
             inner: Arc::new(Inner {
                 registry,
                 registry_child,
+                clients,
                 arbiters,
                 events: self.events,
                 app,
@@ -274,6 +291,8 @@ pub struct RunningService {
 struct Inner {
     registry: Registry,
     registry_child: Child,
+    /// The clients' places in the tree.
+    clients: Vec<Child>,
     arbiters: Arbiters,
     events: EventBus,
     app: Arc<AppData>,
@@ -299,7 +318,7 @@ impl fmt::Debug for RunningService {
 pub struct ServiceReport {
     /// What ended it: a signal's name, `stop`, or what a supervisor that gave up said.
     pub cause: String,
-    /// Whether everything that was taken was finished, and no supervisor gave up.
+    /// Whether everything that was taken was finished (or its caller had gone), and no supervisor gave up.
     pub clean: bool,
     /// What each transporter did.
     pub servers: Vec<ServerReport>,
@@ -316,7 +335,12 @@ impl ServiceReport {
         self.servers.iter().map(|server| server.handed_back).sum()
     }
 
-    /// Requests and events that were not finished, and why.
+    /// Requests and events whose connection was lost before they were finished.
+    pub fn lost(&self) -> u64 {
+        self.servers.iter().map(|server| server.lost).sum()
+    }
+
+    /// Requests and events that were not finished when the grace period ended.
     pub fn abandoned(&self) -> impl Iterator<Item = &Abandoned> {
         self.servers.iter().flat_map(|server| &server.abandoned)
     }
@@ -450,6 +474,7 @@ impl RunningService {
         for client in self.inner.app.clients.values() {
             client.close().await;
         }
+        self.inner.clients.iter().for_each(|child| child.set_state(ChildState::Stopped));
         self.inner.registry_child.set_state(ChildState::Stopped);
         self.inner.root.set_state(ChildState::Stopped);
         self.inner.arbiters.stop().await;

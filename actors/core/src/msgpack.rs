@@ -211,7 +211,7 @@ pub fn is_truthy(bytes: &[u8]) -> bool {
     match bytes {
         [] | [0x00 | NIL | FALSE | 0xa0] => false,
         [0xd9, 0] | [0xda, 0, 0] | [0xdb, 0, 0, 0, 0] => false,
-        [0xcc..=0xcf | 0xd0..=0xd3, digits @ ..] => digits.iter().any(|&digit| digit != 0),
+        [0xcc..=0xd3, digits @ ..] => digits.iter().any(|&digit| digit != 0),
         [0xca, a, b, c, d] => {
             let value = f32::from_be_bytes([*a, *b, *c, *d]);
             value != 0.0 && !value.is_nan()

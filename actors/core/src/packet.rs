@@ -18,16 +18,96 @@ pub const NO_HANDLER_TEXT: &str = "There is no matching message handler defined 
 /// The error text NestJS sends for an exception that is not meant for the caller, verbatim.
 pub const INTERNAL_ERROR_TEXT: &str = "Internal server error";
 
+/// How long a value a [`Raw`] holds without sharing the frame it came in.
+const RAW_INLINE: usize = 30;
+
+/// The raw bytes of one short value of a packet (an id, a pattern), to be looked up or echoed as they are. Short
+/// ones are copied, which costs less than counting references; long ones share the frame.
+#[derive(Clone)]
+pub struct Raw(RawBytes);
+
+#[derive(Clone)]
+enum RawBytes {
+    Inline(u8, [u8; RAW_INLINE]),
+    Shared(Bytes),
+}
+
+impl Raw {
+    /// The value at `span` of a frame.
+    ///
+    /// # Panics
+    ///
+    /// If `span` is not inside the frame.
+    pub fn slice(frame: &Bytes, span: std::ops::Range<usize>) -> Self {
+        match Self::inline(&frame[span.clone()]) {
+            Some(raw) => raw,
+            None => Raw(RawBytes::Shared(frame.slice(span))),
+        }
+    }
+
+    fn inline(bytes: &[u8]) -> Option<Self> {
+        let mut inline = [0; RAW_INLINE];
+        inline.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        Some(Raw(RawBytes::Inline(bytes.len() as u8, inline)))
+    }
+}
+
+impl std::ops::Deref for Raw {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match &self.0 {
+            RawBytes::Inline(len, bytes) => bytes.get(..usize::from(*len)).unwrap_or_default(),
+            RawBytes::Shared(bytes) => bytes,
+        }
+    }
+}
+
+impl Default for Raw {
+    fn default() -> Self {
+        Raw(RawBytes::Inline(0, [0; RAW_INLINE]))
+    }
+}
+
+impl From<Bytes> for Raw {
+    fn from(bytes: Bytes) -> Self {
+        Self::inline(&bytes).unwrap_or(Raw(RawBytes::Shared(bytes)))
+    }
+}
+
+impl From<Raw> for Bytes {
+    fn from(raw: Raw) -> Self {
+        match raw.0 {
+            RawBytes::Inline(..) => Bytes::copy_from_slice(&raw),
+            RawBytes::Shared(bytes) => bytes,
+        }
+    }
+}
+
+impl PartialEq for Raw {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
+impl Eq for Raw {}
+
+impl fmt::Debug for Raw {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.escape_ascii())
+    }
+}
+
 /// A request or an event as it arrived. It is an event exactly if there is no `id`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IncomingPacket {
     /// The raw value of `pattern`, in the format of the codec. `None` if the key is missing, and for foreign
     /// values.
-    pub pattern: Option<Bytes>,
+    pub pattern: Option<Raw>,
     /// The value of `data`, or all of a foreign value.
     pub data: Option<Payload>,
     /// The raw value of `id`, to be echoed as it is.
-    pub id: Option<Bytes>,
+    pub id: Option<Raw>,
     /// The value of `metadata`, see [`Metadata`].
     pub metadata: Option<Payload>,
 }
@@ -86,9 +166,9 @@ impl ResponseBody {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResponsePacket {
     /// The raw value of `id`, in the format of the codec.
-    pub id: Option<Bytes>,
+    pub id: Option<Raw>,
     /// The raw value of `status`. NestJS never reads it.
-    pub status: Option<Bytes>,
+    pub status: Option<Raw>,
     /// What the reply says.
     pub body: ResponseBody,
     /// True if the value was no reply of NestJS's form and is delivered whole as the only value.

@@ -57,12 +57,12 @@ impl Payload {
     /// [`EncodeError`] if `value` cannot be expressed in the format.
     pub fn encode<T: Serialize + ?Sized>(format: Format, value: &T) -> Result<Self, EncodeError> {
         let bytes = match format {
-            Format::Json => json::to_vec(value).map_err(|source| EncodeError::new(format, source))?,
+            Format::Json => json::to_bytes(value).map_err(|source| EncodeError::new(format, source))?,
             Format::MessagePack => {
-                rmp_serde::to_vec_named(value).map_err(|source| EncodeError::new(format, source))?
+                rmp_serde::to_vec_named(value).map_err(|source| EncodeError::new(format, source))?.into()
             }
         };
-        Ok(Payload { format, bytes: Bytes::from(bytes) })
+        Ok(Payload { format, bytes })
     }
 
     /// The value null.

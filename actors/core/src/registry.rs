@@ -19,7 +19,7 @@ use crate::handler::{BUILD_TIMEOUT, EscalateFn, HandlerActor, HandlerGroup, Plac
 use crate::interceptor::Interceptor;
 use crate::pattern::Route;
 use crate::route::{HandlerKind, HandlerRef, HandlerReport, HandlerStats, Replicas, RouteEntry, RouteTable};
-use crate::supervise::Child;
+use crate::supervise::{Child, Escalation};
 use crate::transport::{TransportId, TransportInfo};
 
 /// Names a registration, so that it can be taken back.
@@ -259,6 +259,7 @@ impl RegistryActor {
             let at = *index.entry(route.clone()).or_insert_with(|| {
                 entries.push(RouteEntry {
                     route: route.clone(),
+                    index: 0,
                     pattern: handler.info.pattern.clone(),
                     message: None,
                     events: Vec::new(),
@@ -286,13 +287,18 @@ async fn build_groups(
     let mut handlers = Vec::new();
     let mut children = Vec::new();
     for group in groups {
-        let stats: Vec<Arc<HandlerStats>> = group.handlers.iter().map(|_| Arc::default()).collect();
         let count = match group.placement {
             Placement::PerArbiter => arbiters.len(),
             Placement::Singleton => 1,
         };
         let group = Arc::new(group);
+        // An actor of the group that gives up escalates as its group does.
+        let escalate = match group.supervision.escalation {
+            Escalation::StopService => escalate.clone(),
+            Escalation::Isolate => EscalateFn(Arc::new(|_| {})),
+        };
         let mut building = Vec::new();
+        let mut replica_stats: Vec<Vec<Arc<HandlerStats>>> = Vec::new();
         for arbiter in 0..count {
             let name: Arc<str> = if count == 1 {
                 Arc::clone(&group.name)
@@ -302,8 +308,12 @@ async fn build_groups(
             let place = child.child(name, "handlers");
             children.push(place.clone());
             let context =
-                ReplicaContext { arbiter, child: place, events: events.clone(), escalate: escalate.clone() };
-            let (group, stats, global) = (Arc::clone(&group), stats.clone(), Arc::clone(&global));
+                ReplicaContext { arbiter, child: place.clone(), events: events.clone(), escalate: escalate.clone() };
+            let stats: Vec<Arc<HandlerStats>> = group.handlers.iter().map(|_| Arc::default()).collect();
+            replica_stats.push(stats.clone());
+            let watched = stats.clone();
+            place.watch_in_flight(move || watched.iter().map(|stats| stats.in_flight.get()).sum());
+            let (group, global) = (Arc::clone(&group), Arc::clone(&global));
             building.push(arbiters.run_on(arbiter, move || async move {
                 HandlerActor::build(&group, &stats, context, &global).map(|actor| actor.start().recipient())
             }));
@@ -319,13 +329,14 @@ async fn build_groups(
                 Err(_) => return Err(panicked(format!("it took longer than {BUILD_TIMEOUT:?}"))),
             });
         }
-        let replicas = Arc::new(Replicas { recipients });
-        for (endpoint, ((info, _), stats)) in group.handlers.iter().zip(stats).enumerate() {
+        let replicas =
+            Arc::new(Replicas { recipients, mailbox_capacity: group.supervision.mailbox_capacity });
+        for (endpoint, (info, _)) in group.handlers.iter().enumerate() {
             handlers.push(Arc::new(HandlerRef {
                 info: info.clone(),
                 replicas: Arc::clone(&replicas),
                 endpoint: endpoint as u32,
-                stats,
+                stats: replica_stats.iter().map(|stats| Arc::clone(&stats[endpoint])).collect(),
             }));
         }
     }

@@ -7,7 +7,6 @@ use std::future::Future;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use hashbrown::HashMap;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
@@ -15,7 +14,7 @@ use tokio::time::Instant;
 use crate::client::ClientProxy;
 use crate::error::RpcError;
 use crate::interceptor::Interceptors;
-use crate::packet::Metadata;
+use crate::packet::{Metadata, Raw};
 use crate::pattern::{Pattern, Route};
 use crate::payload::{DecodeError, Format, Payload};
 use crate::responder::{Cancellation, ReplySink, SlotKey};
@@ -70,14 +69,23 @@ pub struct AppData {
     pub clients: HashMap<String, ClientProxy>,
 }
 
-/// What every request of one session has in common.
-pub(crate) struct Scope {
+/// What every request that comes by one server has in common.
+pub(crate) struct ServerScope {
     pub(crate) app: Arc<AppData>,
     pub(crate) transport: TransportInfo,
     /// Interceptors of this server alone, outside the service's.
     pub(crate) interceptors: Interceptors,
     /// Whether the service's interceptors apply.
     pub(crate) inherit: bool,
+}
+
+/// What every request of one session has in common.
+pub(crate) struct Scope {
+    pub(crate) server: Arc<ServerScope>,
+    /// The session's context, for messages that bring none of their own.
+    pub(crate) context: Option<ContextData>,
+    /// Where the session's replies go.
+    pub(crate) sink: Arc<dyn ReplySink>,
 }
 
 /// Whether a message wants a response.
@@ -93,16 +101,18 @@ pub enum MessageKind {
 ///
 /// Cheap to clone (shared buffers); interceptors pass it on, changed or not.
 #[derive(Clone)]
-pub struct Request {
+pub struct Request(pub(crate) Box<Parts>);
+
+#[derive(Clone)]
+pub(crate) struct Parts {
     pub(crate) scope: Arc<Scope>,
     pub(crate) entry: Arc<RouteEntry>,
     pub(crate) kind: MessageKind,
-    pub(crate) raw_pattern: Option<Bytes>,
+    pub(crate) raw_pattern: Option<Raw>,
     pub(crate) data: Option<Payload>,
     pub(crate) metadata: Option<Payload>,
-    pub(crate) context: ContextData,
+    pub(crate) context: Option<ContextData>,
     pub(crate) deadline: Option<Instant>,
-    pub(crate) sink: Arc<dyn ReplySink>,
     pub(crate) slot: SlotKey,
     pub(crate) extensions: Option<Arc<TypeMap>>,
 }
@@ -111,8 +121,8 @@ impl fmt::Debug for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Request")
             .field("route", self.route())
-            .field("kind", &self.kind)
-            .field("data", &self.data)
+            .field("kind", &self.0.kind)
+            .field("data", &self.0.data)
             .finish_non_exhaustive()
     }
 }
@@ -120,42 +130,42 @@ impl fmt::Debug for Request {
 impl Request {
     /// The route that matched.
     pub fn route(&self) -> &Route {
-        &self.entry.route
+        &self.0.entry.route
     }
 
     /// The pattern as its handler wrote it.
     pub fn pattern(&self) -> &Pattern {
-        &self.entry.pattern
+        &self.0.entry.pattern
     }
 
     /// The pattern as it came, in the payload format; `None` where the transporter routes by address.
-    pub fn raw_pattern(&self) -> Option<&Bytes> {
-        self.raw_pattern.as_ref()
+    pub fn raw_pattern(&self) -> Option<&[u8]> {
+        self.0.raw_pattern.as_deref()
     }
 
     /// Whether a response is wanted.
     pub fn kind(&self) -> MessageKind {
-        self.kind
+        self.0.kind
     }
 
     /// The transporter it came by.
     pub fn transport(&self) -> &TransportInfo {
-        &self.scope.transport
+        &self.0.scope.server.transport
     }
 
     /// The format of payloads on this transporter.
     pub fn format(&self) -> Format {
-        self.scope.transport.format
+        self.0.scope.server.transport.format
     }
 
     /// The payload, raw; null when the packet had none.
     pub fn payload(&self) -> Payload {
-        self.data.clone().unwrap_or_else(|| Payload::null(self.format()))
+        self.0.data.clone().unwrap_or_else(|| Payload::null(self.format()))
     }
 
     /// Replaces the payload: what a pipe does.
     pub fn set_payload(&mut self, payload: Payload) {
-        self.data = Some(payload);
+        self.0.data = Some(payload);
     }
 
     /// Reads the payload as a type.
@@ -164,7 +174,7 @@ impl Request {
     ///
     /// When it has another shape.
     pub fn data<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
-        match &self.data {
+        match &self.0.data {
             Some(data) => data.decode(),
             None => Payload::null(self.format()).decode(),
         }
@@ -176,7 +186,7 @@ impl Request {
     ///
     /// When it has another shape.
     pub fn property<T: DeserializeOwned>(&self, name: &str) -> Result<T, DecodeError> {
-        match self.data.as_ref().map(|data| data.property(name)).transpose()?.flatten() {
+        match self.0.data.as_ref().map(|data| data.property(name)).transpose()?.flatten() {
             Some(value) => value.decode(),
             None => Payload::null(self.format()).decode(),
         }
@@ -184,59 +194,59 @@ impl Request {
 
     /// The packet's metadata; empty when it has none or when it is not an object.
     pub fn metadata(&self) -> Metadata {
-        self.metadata.as_ref().and_then(|raw| raw.decode().ok()).unwrap_or_default()
+        self.0.metadata.as_ref().and_then(|raw| raw.decode().ok()).unwrap_or_default()
     }
 
     /// The packet's metadata, raw.
     pub fn raw_metadata(&self) -> Option<&Payload> {
-        self.metadata.as_ref()
+        self.0.metadata.as_ref()
     }
 
     /// The caller's trace, if it sent one.
     pub fn trace(&self) -> Option<TraceContext> {
-        self.metadata.as_ref()?;
+        self.0.metadata.as_ref()?;
         let metadata = self.metadata();
         TraceContext::parse(metadata.get(TRACEPARENT_KEY)?, metadata.get(TRACESTATE_KEY))
     }
 
     /// The transporter's context of this message, if it is of this type.
     pub fn context<T: Send + Sync + 'static>(&self) -> Option<Arc<T>> {
-        Arc::clone(&self.context).downcast().ok()
+        self.0.context.as_ref().or(self.0.scope.context.as_ref())?.clone().downcast().ok()
     }
 
     /// When the caller stops waiting, if it said so.
     pub fn deadline(&self) -> Option<Instant> {
-        self.deadline
+        self.0.deadline
     }
 
     /// A token that tells when the caller has lost interest.
     pub fn cancellation(&self) -> Cancellation {
-        self.sink.cancellation(self.slot)
+        self.0.scope.sink.cancellation(self.0.slot)
     }
 
     /// Shared state of a type.
     pub fn state<T: Send + Sync + 'static>(&self) -> Option<Arc<T>> {
-        self.scope.app.state.get()
+        self.0.scope.server.app.state.get()
     }
 
     /// A client by its declared name.
     pub fn client(&self, name: &str) -> Option<ClientProxy> {
-        self.scope.app.clients.get(name).cloned()
+        self.0.scope.server.app.clients.get(name).cloned()
     }
 
     /// A value that an interceptor left for the handler.
     pub fn extension<T: Send + Sync + 'static>(&self) -> Option<Arc<T>> {
-        self.extensions.as_ref()?.get()
+        self.0.extensions.as_ref()?.get()
     }
 
     /// Leaves a value for interceptors further in and for the handler.
     pub fn set_extension<T: Send + Sync + 'static>(&mut self, value: T) {
         let mut map = TypeMap::default();
-        if let Some(have) = &self.extensions {
+        if let Some(have) = &self.0.extensions {
             map.values = have.values.clone();
         }
         map.insert(value);
-        self.extensions = Some(Arc::new(map));
+        self.0.extensions = Some(Arc::new(map));
     }
 }
 

@@ -11,7 +11,7 @@ use actix::Recipient;
 use hashbrown::HashMap;
 use serde::Serialize;
 
-use crate::handler::Invoke;
+use crate::handler::InvokeBatch;
 use crate::pattern::{Pattern, Route, route_of_incoming};
 use crate::payload::Format;
 use crate::transport::{Subscription, TransportId};
@@ -65,19 +65,34 @@ impl HandlerInfo {
     }
 }
 
-/// Counters of one handler, over all its replicas.
+/// Counters of one handler on one replica: written by its arbiter alone, read by anyone.
 #[derive(Debug, Default)]
 pub(crate) struct HandlerStats {
-    pub(crate) in_flight: AtomicU64,
-    pub(crate) handled: AtomicU64,
-    pub(crate) failed: AtomicU64,
-    pub(crate) panicked: AtomicU64,
+    pub(crate) in_flight: Counter,
+    pub(crate) handled: Counter,
+    pub(crate) failed: Counter,
+    pub(crate) panicked: Counter,
+}
+
+/// A counter with a single writer, which therefore needs no locked instruction.
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self, change: i64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add_signed(change), Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// The replicas of a group of handlers that share one actor.
 pub(crate) struct Replicas {
     /// One per arbiter, or a single one.
-    pub(crate) recipients: Vec<Recipient<Invoke>>,
+    pub(crate) recipients: Vec<Recipient<InvokeBatch>>,
+    pub(crate) mailbox_capacity: usize,
 }
 
 /// A registered handler, as routes refer to it.
@@ -85,12 +100,13 @@ pub(crate) struct HandlerRef {
     pub(crate) info: HandlerInfo,
     pub(crate) replicas: Arc<Replicas>,
     pub(crate) endpoint: u32,
-    pub(crate) stats: Arc<HandlerStats>,
+    /// One per replica.
+    pub(crate) stats: Vec<Arc<HandlerStats>>,
 }
 
 impl HandlerRef {
     /// The replica that serves an arbiter.
-    pub(crate) fn replica(&self, arbiter: usize) -> Option<&Recipient<Invoke>> {
+    pub(crate) fn replica(&self, arbiter: usize) -> Option<&Recipient<InvokeBatch>> {
         match self.replicas.recipients.as_slice() {
             [only] => Some(only),
             many => many.get(arbiter).or_else(|| many.first()),
@@ -108,6 +124,8 @@ impl fmt::Debug for HandlerRef {
 #[derive(Debug)]
 pub struct RouteEntry {
     pub(crate) route: Route,
+    /// Its place in the table.
+    pub(crate) index: u32,
     pub(crate) pattern: Pattern,
     pub(crate) message: Option<Arc<HandlerRef>>,
     pub(crate) events: Vec<Arc<HandlerRef>>,
@@ -144,7 +162,8 @@ pub struct RouteTable {
 impl RouteTable {
     pub(crate) fn build(entries: Vec<RouteEntry>) -> Self {
         let mut table = Self::default();
-        for entry in entries {
+        for (index, mut entry) in entries.into_iter().enumerate() {
+            entry.index = index as u32;
             let entry = Arc::new(entry);
             for spelling in entry.route.raw_spellings() {
                 table.spellings.insert(spelling.into_boxed_slice(), Arc::clone(&entry));
@@ -153,6 +172,11 @@ impl RouteTable {
             table.routes.insert(entry.route.clone(), entry);
         }
         table
+    }
+
+    /// The route at a place.
+    pub(crate) fn route_at(&self, index: u32) -> Option<&Route> {
+        self.order.get(index as usize)
     }
 
     /// Finds a route by its canonical text.
@@ -209,15 +233,15 @@ pub struct HandlerReport {
 
 impl HandlerRef {
     pub(crate) fn report(&self) -> HandlerReport {
-        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let sum = |of: fn(&HandlerStats) -> &Counter| self.stats.iter().map(|stats| of(stats).get()).sum();
         HandlerReport {
             name: self.info.name.to_string(),
             route: self.info.pattern.route().to_string(),
             kind: self.info.kind,
-            in_flight: load(&self.stats.in_flight),
-            handled: load(&self.stats.handled),
-            failed: load(&self.stats.failed),
-            panicked: load(&self.stats.panicked),
+            in_flight: sum(|stats| &stats.in_flight),
+            handled: sum(|stats| &stats.handled),
+            failed: sum(|stats| &stats.failed),
+            panicked: sum(|stats| &stats.panicked),
         }
     }
 }

@@ -31,7 +31,7 @@ use crate::events::{EventBus, ServiceEvent};
 use crate::interceptor::{Interceptor, Interceptors};
 use crate::pattern::Route;
 use crate::registry::Registry;
-use crate::request::{AppData, Scope};
+use crate::request::{AppData, ServerScope};
 use crate::route::RouteTable;
 use crate::session::{
     Abandoned, ServerEnv, SessionControl, SessionEnv, SessionExit, SessionLimits, run_session,
@@ -114,18 +114,22 @@ impl fmt::Debug for ServerEnvironment {
     }
 }
 
+/// Starts a server in a service, with what it alone puts around requests.
+type Launch =
+    Box<dyn FnOnce(ServerEnvironment, OwnScope) -> LocalBoxFuture<'static, Result<ServerHandle, StartError>>>;
+
+/// What a server alone puts around its requests.
+struct OwnScope {
+    interceptors: Interceptors,
+    inherit: bool,
+}
+
 /// A transporter's serving side, ready to be put into a service. Made from a [`Dial`] or a [`Listen`].
 pub struct Server {
     info: TransportInfo,
     interceptors: Interceptors,
     inherit: bool,
-    launch: Box<
-        dyn FnOnce(
-            ServerEnvironment,
-            Interceptors,
-            bool,
-        ) -> LocalBoxFuture<'static, Result<ServerHandle, StartError>>,
-    >,
+    launch: Launch,
 }
 
 impl fmt::Debug for Server {
@@ -143,13 +147,12 @@ impl Server {
             info: info.clone(),
             interceptors: Interceptors::new(),
             inherit: true,
-            launch: Box::new(move |env, interceptors, inherit| {
+            launch: Box::new(move |env, own| {
                 let dial = std::rc::Rc::new(dial);
                 let drive = move |state: Arc<ServerState>, tables| {
                     serve_dialled(std::rc::Rc::clone(&dial), state, tables).boxed_local()
                 };
-                launch(info, url, "connection", options, env, interceptors, inherit, Box::new(drive))
-                    .boxed_local()
+                launch(info, url, "connection", options, env, own, Box::new(drive)).boxed_local()
             }),
         }
     }
@@ -161,13 +164,12 @@ impl Server {
             info: info.clone(),
             interceptors: Interceptors::new(),
             inherit: true,
-            launch: Box::new(move |env, interceptors, inherit| {
+            launch: Box::new(move |env, own| {
                 let listen = std::rc::Rc::new(listen);
                 let drive = move |state: Arc<ServerState>, tables| {
                     serve_listening(std::rc::Rc::clone(&listen), state, tables).boxed_local()
                 };
-                launch(info, String::new(), "listener", options, env, interceptors, inherit, Box::new(drive))
-                    .boxed_local()
+                launch(info, String::new(), "listener", options, env, own, Box::new(drive)).boxed_local()
             }),
         }
     }
@@ -198,7 +200,7 @@ impl Server {
     ///
     /// [`StartError::Transport`] when it cannot listen or connect.
     pub async fn start(self, env: ServerEnvironment) -> Result<ServerHandle, StartError> {
-        (self.launch)(env, self.interceptors, self.inherit).await
+        (self.launch)(env, OwnScope { interceptors: self.interceptors, inherit: self.inherit }).await
     }
 }
 
@@ -210,7 +212,7 @@ struct ServerState {
     info: TransportInfo,
     options: ServerOptions,
     env: ServerEnvironment,
-    scope: Arc<Scope>,
+    scope: Arc<ServerScope>,
     status: StatusCell,
     child: Child,
     url: Mutex<String>,
@@ -219,6 +221,8 @@ struct ServerState {
     /// Set when stopping; the instant is the end of the grace period.
     stop: watch::Sender<Option<Instant>>,
     report: Mutex<ServerReport>,
+    /// Its sessions.
+    peers: Arc<Peers>,
 }
 
 impl ServerState {
@@ -242,8 +246,10 @@ impl ServerState {
         let mut report = self.report.lock();
         report.done += exit.answered;
         report.handed_back += exit.handed_back;
-        // Whoever asked and went away before the stop was not abandoned by us; and the list would have no bound.
-        if self.stop.borrow().is_some() {
+        if exit.cause.is_some() {
+            // Their callers went first. Counted only: over a long life the list would grow without end.
+            report.lost += exit.abandoned.len() as u64;
+        } else {
             report.abandoned.extend(exit.abandoned);
         }
     }
@@ -279,7 +285,10 @@ pub struct ServerReport {
     pub done: u64,
     /// Requests and events that were given back to the broker for another consumer.
     pub handed_back: u64,
-    /// Requests and events that were not, and why.
+    /// Requests and events whose connection was lost before they were finished. (A broker that settles
+    /// gives them to another consumer.)
+    pub lost: u64,
+    /// Requests and events that were not finished when the grace period ended.
     pub abandoned: Vec<Abandoned>,
 }
 
@@ -343,14 +352,17 @@ async fn launch(
     kind: &'static str,
     options: ServerOptions,
     env: ServerEnvironment,
-    interceptors: Interceptors,
-    inherit: bool,
+    OwnScope { interceptors, inherit }: OwnScope,
     drive: Drive,
 ) -> Result<ServerHandle, StartError> {
     let tables = env.registry.watch(info.clone()).await?;
     let (ready, started) = oneshot::channel();
-    let scope = Arc::new(Scope { app: Arc::clone(&env.app), transport: info.clone(), interceptors, inherit });
+    let scope =
+        Arc::new(ServerScope { app: Arc::clone(&env.app), transport: info.clone(), interceptors, inherit });
     let child = env.child.child(Arc::clone(&info.name), kind);
+    let peers = Arc::new(Peers::default());
+    let watched = Arc::clone(&peers);
+    child.watch_in_flight(move || watched.in_flight());
     let transport = info.name.to_string();
     let state = Arc::new(ServerState {
         info,
@@ -364,6 +376,7 @@ async fn launch(
         ready: Mutex::new(Some(ready)),
         stop: watch::Sender::new(None),
         report: Mutex::default(),
+        peers,
     });
     let actor = ServerActor { state: Arc::clone(&state), tables, drive, done: Arc::default() }.start();
     match started.await {
@@ -432,6 +445,11 @@ impl Handler<DriverEnded> for ServerActor {
                     });
                     (self.state.env.escalate.0)(format!("{}: {cause}", self.state.info.name));
                 }
+            }
+            Err(cause) if self.state.is_starting() => {
+                self.state.status.set(ConnectionStatus::Disconnected);
+                self.state.child.failed_with(ChildState::Failed, &cause);
+                self.state.ready(Err(SessionError::fatal(format!("the transporter panicked: {cause}"))));
             }
             Err(cause) => {
                 self.state.child.failed_with(ChildState::Restarting, &cause);
@@ -574,6 +592,7 @@ async fn run_dialled<S: Session>(
     stop: &mut watch::Receiver<Option<Instant>>,
 ) -> SessionExit {
     let control = Arc::new(SessionControl::default());
+    let _listed = Listed::new(&state.peers, &control);
     *state.native.lock() = session.native();
     state.status.set(ConnectionStatus::Connected);
     state.child.set_state(ChildState::Running);
@@ -601,7 +620,7 @@ async fn run_dialled<S: Session>(
 
 // === listeners ===
 
-/// The peers of a listener, on all arbiters.
+/// The sessions of a server, on all arbiters.
 #[derive(Default)]
 struct Peers {
     sessions: Mutex<Slab<Arc<SessionControl>>>,
@@ -612,12 +631,24 @@ impl Peers {
     fn len(&self) -> usize {
         self.sessions.lock().len()
     }
+
+    /// Requests and events in flight, over all of them.
+    fn in_flight(&self) -> u64 {
+        self.sessions.lock().iter().map(|(_, control)| control.in_flight()).sum()
+    }
 }
 
 /// Keeps a peer listed for as long as its session runs.
 struct Listed {
     peers: Arc<Peers>,
     key: usize,
+}
+
+impl Listed {
+    fn new(peers: &Arc<Peers>, control: &Arc<SessionControl>) -> Self {
+        let key = peers.sessions.lock().insert(Arc::clone(control));
+        Self { peers: Arc::clone(peers), key }
+    }
 }
 
 impl Drop for Listed {
@@ -635,7 +666,7 @@ async fn serve_listening<L: Listen>(
     let mut stop = state.stop.subscribe();
     let mut backoff = Backoff::new(state.options.retry_delay);
     let mut attempts = 0;
-    let peers = Arc::new(Peers::default());
+    let peers = Arc::clone(&state.peers);
     let deadline = loop {
         let bound = tokio::select! {
             bound = listen.bind() => bound,
@@ -688,7 +719,6 @@ async fn accept_all<A: Accept>(
             Err(error) => return error,
         };
         let open = peers.len();
-        state.child.set_in_flight(open as u64 + 1);
         if open >= state.options.max_connections {
             state.env.events.emit(ServiceEvent::BoundHit {
                 place: Arc::clone(&state.info.name),
@@ -699,8 +729,7 @@ async fn accept_all<A: Accept>(
             continue;
         }
         let control = Arc::new(SessionControl::default());
-        let key = peers.sessions.lock().insert(Arc::clone(&control));
-        let listed = Listed { peers: Arc::clone(peers), key };
+        let listed = Listed::new(peers, &control);
         let arbiter = state.env.arbiters.next();
         let (state, tables) = (Arc::clone(state), tables.clone());
         // Not waited for; its end is seen by its leaving the list.
@@ -724,9 +753,14 @@ async fn serve_peer<P: Open>(
 ) {
     let _listed = listed;
     let limit = state.options.handshake_timeout;
-    let session = match tokio::time::timeout(limit, peer.open()).await {
-        Ok(Ok(session)) => session,
-        Ok(Err(error)) => return state.session_failed(None, error),
+    let opening = AssertUnwindSafe(peer.open()).catch_unwind();
+    let session = match tokio::time::timeout(limit, opening).await {
+        Ok(Ok(Ok(session))) => session,
+        Ok(Ok(Err(error))) => return state.session_failed(None, error),
+        Ok(Err(panic)) => {
+            let error = SessionError::lost(format!("the session panicked: {}", panic_text(panic)));
+            return state.session_failed(None, error);
+        }
         Err(_) => {
             return state
                 .session_failed(None, SessionError::refused(format!("no handshake within {limit:?}")));

@@ -15,7 +15,6 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use actix::prelude::SendError;
-use bytes::Bytes;
 use futures::task::AtomicWaker;
 use parking_lot::Mutex;
 use slab::Slab;
@@ -26,14 +25,14 @@ use tokio::time::Instant;
 use crate::correlation::ClientCore;
 use crate::error::SessionError;
 use crate::events::{EventBus, ServiceEvent};
-use crate::handler::{Invoke, overloaded};
+use crate::handler::{Invoke, InvokeBatch, overloaded};
 use crate::headers::Headers;
-use crate::packet::ResponseBody;
+use crate::packet::{Raw, ResponseBody};
 use crate::pattern::Route;
 use crate::payload::Format;
-use crate::request::{MessageKind, Request, Scope, TIMEOUT_KEY};
+use crate::request::{MessageKind, Parts, Request, Scope, ServerScope, TIMEOUT_KEY};
 use crate::responder::{Cancellation, ChainSink, Gone, ReplySink, Responder, SlotKey};
-use crate::route::{HandlerRef, RouteTable};
+use crate::route::{Counter, HandlerRef, RouteTable};
 use crate::transport::{
     Delivery, Inbound, Outbound, PatternKey, Session, SessionReader, SessionWriter, Settlement,
     TransportInfo, WriteError,
@@ -78,6 +77,7 @@ pub(crate) struct SessionControl {
     waker: AtomicWaker,
     drain: AtomicBool,
     abandon: AtomicBool,
+    admitted: Counter,
     answered: AtomicU64,
 }
 
@@ -96,6 +96,11 @@ impl SessionControl {
 
     pub(crate) fn wake(&self) {
         self.waker.wake();
+    }
+
+    /// Requests and events that were given a slot and have not ended.
+    pub(crate) fn in_flight(&self) -> u64 {
+        self.admitted.get().saturating_sub(self.answered.load(Ordering::Relaxed))
     }
 
     pub(crate) fn is_draining(&self) -> bool {
@@ -134,7 +139,7 @@ pub(crate) struct SessionExit {
 /// What a session needs to serve.
 #[derive(Clone)]
 pub(crate) struct ServerEnv {
-    pub(crate) scope: Arc<Scope>,
+    pub(crate) scope: Arc<ServerScope>,
     pub(crate) tables: watch::Receiver<Arc<RouteTable>>,
     pub(crate) arbiter: usize,
     /// The routes that the session was dialled with.
@@ -172,8 +177,8 @@ struct Slot<R> {
     generation: u32,
     kind: MessageKind,
     reply_to: R,
-    id: Bytes,
-    route: Route,
+    id: Raw,
+    route: SlotRoute,
     /// Handlers that have not ended; more than one for a chain of event handlers.
     remaining: u32,
     failed: bool,
@@ -182,8 +187,14 @@ struct Slot<R> {
     cancellation: Option<Cancellation>,
 }
 
+/// What a slot serves: a place in the session's table, or by name once that table was replaced.
+enum SlotRoute {
+    At(u32),
+    Named(Option<Route>),
+}
+
 impl<R: Clone + Send + 'static> Shared<R> {
-    fn admit(&self, kind: MessageKind, reply_to: R, id: Bytes, route: Route, handlers: u32) -> SlotKey {
+    fn admit(&self, kind: MessageKind, reply_to: R, id: Raw, route: u32, handlers: u32) -> SlotKey {
         let mut inner = self.inner.lock();
         inner.generation = inner.generation.wrapping_add(1);
         let generation = inner.generation;
@@ -192,7 +203,7 @@ impl<R: Clone + Send + 'static> Shared<R> {
             kind,
             reply_to,
             id,
-            route,
+            route: SlotRoute::At(route),
             remaining: handlers,
             failed: false,
             cancelled: false,
@@ -200,10 +211,6 @@ impl<R: Clone + Send + 'static> Shared<R> {
             cancellation: None,
         });
         SlotKey { index: index as u32, generation }
-    }
-
-    fn in_flight(&self) -> usize {
-        self.inner.lock().slots.len()
     }
 }
 
@@ -304,16 +311,22 @@ struct Loop<S: Session> {
     shared: Arc<Shared<S::ReplyTo>>,
     /// The same, as the responders see it.
     sink: Arc<dyn ReplySink>,
+    /// What its requests have in common; a client's has none.
+    scope: Option<Arc<Scope>>,
     table: Arc<RouteTable>,
     subscribed: HashSet<Route>,
-    table_changed: Option<Pin<Box<dyn Future<Output = watch::Receiver<Arc<RouteTable>>>>>>,
+    table_changed: Option<TableChange>,
     reading: bool,
     draining: bool,
     /// Runs once the peer has closed its side.
     half_closed: Option<Pin<Box<tokio::time::Sleep>>>,
     reported_full: bool,
     handed_back: u64,
+    /// What this turn has read for one replica, not yet sent there.
+    invokes: Option<(Arc<HandlerRef>, Vec<Invoke>)>,
     batch: Vec<Outbound<S::ReplyTo>>,
+    /// Abandoned: until when closing may take.
+    close_by: Option<Pin<Box<tokio::time::Sleep>>>,
 }
 
 /// Runs a session to its end.
@@ -323,6 +336,7 @@ struct Loop<S: Session> {
 pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> SessionExit {
     let started = Instant::now();
     let peer = session.peer();
+    let context = session.context();
     let (reader, writer) = session.split();
     let shared = Arc::new(Shared {
         control: Arc::clone(&env.control),
@@ -342,11 +356,15 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         Some(server) if env.transport.subscribes => Some(watch_tables(server.tables.clone())),
         _ => None,
     };
+    let sink = Arc::clone(&shared) as Arc<dyn ReplySink>;
     let mut session = Loop::<S> {
         reader,
         writer,
         peer,
-        sink: Arc::clone(&shared) as Arc<dyn ReplySink>,
+        scope: env.server.as_ref().map(|server| {
+            Arc::new(Scope { server: Arc::clone(&server.scope), context, sink: Arc::clone(&sink) })
+        }),
+        sink,
         shared,
         table,
         subscribed,
@@ -356,7 +374,9 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         half_closed: None,
         reported_full: false,
         handed_back: 0,
+        invokes: None,
         batch: Vec::new(),
+        close_by: None,
         env,
     };
     // A guard, so that a dropped task ends its requests, too.
@@ -366,7 +386,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         Some(error) => format!("the connection was lost: {error}"),
         None => "the grace period ended".to_owned(),
     };
-    let abandoned = guard.0.close(&session.env.transport, &why);
+    let abandoned = guard.0.close(&session.env.transport, &session.table, &why);
     if let Some(client) = &session.env.client {
         let cause = cause.clone().unwrap_or_else(|| SessionError::lost("the connection was closed"));
         client.session_ended(&cause);
@@ -396,7 +416,7 @@ struct CloseGuard<R: Clone + Send + 'static>(Arc<Shared<R>>, Option<Arc<ClientCo
 impl<R: Clone + Send + 'static> Drop for CloseGuard<R> {
     fn drop(&mut self) {
         let info = TransportInfo::new(crate::transport::TransportId::custom(u16::MAX), "");
-        self.0.close(&info, "the session was dropped");
+        self.0.close(&info, &RouteTable::default(), "the session was dropped");
         if let Some(client) = &self.1 {
             client.session_ended(&SessionError::lost("the session was dropped"));
         }
@@ -405,7 +425,7 @@ impl<R: Clone + Send + 'static> Drop for CloseGuard<R> {
 
 impl<R: Clone + Send + 'static> Shared<R> {
     /// No reply can leave any more: tells everyone who works for this session.
-    fn close(&self, transport: &TransportInfo, why: &str) -> Vec<Abandoned> {
+    fn close(&self, transport: &TransportInfo, table: &RouteTable, why: &str) -> Vec<Abandoned> {
         let mut inner = self.inner.lock();
         if std::mem::replace(&mut inner.closed, true) {
             return Vec::new();
@@ -416,10 +436,14 @@ impl<R: Clone + Send + 'static> Shared<R> {
         let mut abandoned = Vec::new();
         for (_, slot) in &inner.slots {
             cancellations.extend(slot.cancellation.clone());
+            let route = match &slot.route {
+                SlotRoute::At(index) => table.route_at(*index),
+                SlotRoute::Named(route) => route.as_ref(),
+            };
             if !slot.cancelled {
                 abandoned.push(Abandoned {
                     transport: transport.name.to_string(),
-                    route: slot.route.to_string(),
+                    route: route.map(Route::to_string).unwrap_or_default(),
                     request: slot.kind == MessageKind::Request,
                     why: why.to_owned(),
                 });
@@ -432,9 +456,10 @@ impl<R: Clone + Send + 'static> Shared<R> {
     }
 }
 
-fn watch_tables(
-    mut tables: watch::Receiver<Arc<RouteTable>>,
-) -> Pin<Box<dyn Future<Output = watch::Receiver<Arc<RouteTable>>>>> {
+/// Ready when the table has changed.
+type TableChange = Pin<Box<dyn Future<Output = watch::Receiver<Arc<RouteTable>>>>>;
+
+fn watch_tables(mut tables: watch::Receiver<Arc<RouteTable>>) -> TableChange {
     Box::pin(async move {
         if tables.changed().await.is_err() {
             // The registry is gone: no change will come.
@@ -461,10 +486,18 @@ impl<S: Session> Loop<S> {
                 self.reader.drain();
             }
         }
+        if self.env.control.abandon.load(Ordering::Acquire) {
+            // What was not read by now is not taken: a session at one of its bounds must end, too.
+            self.reading = false;
+        }
         self.take_route_changes(cx)?;
         self.write_finished()?;
-        self.write_calls()?;
+        let more = self.write_calls()?;
         let flushed = self.flush(cx)?;
+        if more && flushed {
+            // There is room again, and nobody else would say so.
+            cx.waker().wake_by_ref();
+        }
         if self.reading && self.read(cx)?.is_ready() && !self.draining {
             // The peer closed its side: nothing can be asked any more, what was asked is answered, unless it
             // has no end.
@@ -486,7 +519,15 @@ impl<S: Session> Loop<S> {
         if abandon && self.env.transport.settles {
             self.hand_back()?;
         }
-        let idle = self.shared.in_flight() == 0 && calls_done;
+        if abandon {
+            // A peer that does not read is not waited for much longer.
+            let linger = self.env.limits.linger;
+            let close_by = self.close_by.get_or_insert_with(|| Box::pin(tokio::time::sleep(linger)));
+            if close_by.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+        }
+        let idle = self.in_flight() == 0 && calls_done;
         if (idle || abandon) && self.shared.inner.lock().out.is_empty() && (flushed || abandon) {
             return self.writer.poll_close(cx);
         }
@@ -505,6 +546,7 @@ impl<S: Session> Loop<S> {
                 cancellation.cancel();
             }
             self.handed_back += 1;
+            self.env.control.admitted.add(-1);
             let settlement = Settlement::HandedBack;
             self.write(Outbound::Settle { delivery: slot.reply_to, settlement })?;
         }
@@ -514,7 +556,7 @@ impl<S: Session> Loop<S> {
     fn take_route_changes(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
         while let Some(changed) = &mut self.table_changed {
             let Poll::Ready(mut tables) = changed.as_mut().poll(cx) else { return Ok(()) };
-            self.table = Arc::clone(&tables.borrow_and_update());
+            self.replace_table(Arc::clone(&tables.borrow_and_update()));
             self.table_changed = Some(watch_tables(tables));
             if self.draining {
                 continue;
@@ -549,18 +591,21 @@ impl<S: Session> Loop<S> {
         Ok(())
     }
 
-    fn write_calls(&mut self) -> Result<(), SessionError> {
-        let Some(client) = &self.env.client else { return Ok(()) };
+    /// Writes queued calls; `true` when it stopped for want of room.
+    fn write_calls(&mut self) -> Result<bool, SessionError> {
+        let Some(client) = &self.env.client else { return Ok(false) };
         let client = Arc::clone(client);
         while self.writer.pending_bytes() < self.env.limits.high_water_bytes {
-            let Some((key, item)) = client.next_outbound() else { break };
+            let Some((key, item)) = client.next_outbound() else { return Ok(false) };
+            let is_event = matches!(item, Outbound::Event(_));
             match self.writer.write(item) {
-                Ok(()) => client.written(key),
+                Ok(()) if is_event => client.written(key),
+                Ok(()) => {}
                 Err(WriteError::Item(reason)) => client.refused(key, reason),
                 Err(WriteError::Session(error)) => return Err(error),
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn write(&mut self, item: Outbound<S::ReplyTo>) -> Result<(), SessionError> {
@@ -602,11 +647,21 @@ impl<S: Session> Loop<S> {
 
     /// Reads what there is, within bounds; ready when the reader has ended.
     fn read(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, SessionError> {
+        let read = self.read_some(cx);
+        self.send_invokes();
+        read
+    }
+
+    fn in_flight(&self) -> u64 {
+        self.env.control.in_flight()
+    }
+
+    fn read_some(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, SessionError> {
         for _ in 0..READ_BUDGET {
             if self.writer.pending_bytes() >= self.env.limits.high_water_bytes {
                 return Ok(Poll::Pending);
             }
-            if self.env.server.is_some() && self.shared.in_flight() >= self.env.limits.max_in_flight {
+            if self.env.server.is_some() && self.in_flight() >= self.env.limits.max_in_flight as u64 {
                 if !std::mem::replace(&mut self.reported_full, true) {
                     self.env.events.emit(ServiceEvent::BoundHit {
                         place: Arc::clone(&self.peer),
@@ -671,7 +726,7 @@ impl<S: Session> Loop<S> {
         });
     }
 
-    fn cancel(&mut self, id: &Bytes) {
+    fn cancel(&mut self, id: &Raw) {
         let mut inner = self.shared.inner.lock();
         let found = inner.slots.iter_mut().find(|(_, slot)| slot.id == *id && !slot.cancelled);
         let Some((_, slot)) = found else { return };
@@ -691,13 +746,23 @@ impl<S: Session> Loop<S> {
             && let Some(server) = &mut self.env.server
             && server.tables.has_changed().unwrap_or(false)
         {
-            self.table = Arc::clone(&server.tables.borrow_and_update());
+            let table = Arc::clone(&server.tables.borrow_and_update());
+            self.replace_table(table);
         }
+    }
+
+    /// Works with a new table; requests in flight keep the names of their routes.
+    fn replace_table(&mut self, table: Arc<RouteTable>) {
+        for (_, slot) in &mut self.shared.inner.lock().slots {
+            if let SlotRoute::At(index) = slot.route {
+                slot.route = SlotRoute::Named(self.table.route_at(index).cloned());
+            }
+        }
+        self.table = table;
     }
 
     fn dispatch(&mut self, kind: MessageKind, delivery: Delivery<S::ReplyTo>) -> Result<(), SessionError> {
         self.refresh_table();
-        let Some(server) = &self.env.server else { return Ok(()) };
         let entry = match &delivery.key {
             PatternKey::Raw(raw) => self.table.find(self.env.transport.format, raw),
             PatternKey::Route(route) => self.table.get(route),
@@ -705,74 +770,91 @@ impl<S: Session> Loop<S> {
         let Some(entry) = entry else {
             return self.unhandled(kind, delivery);
         };
-        let deadline = delivery.metadata.as_ref().and_then(deadline_of);
+        let Delivery { key, data, metadata, id, reply_to, context } = delivery;
+        let entry = Arc::clone(entry);
+        let deadline = metadata.as_ref().and_then(deadline_of);
+        let format = self.env.transport.format;
         let chain: &[Arc<HandlerRef>] = match (kind, &entry.message, entry.events.as_slice()) {
             (MessageKind::Request, Some(message), _) | (_, Some(message), []) => {
                 std::slice::from_ref(message)
             }
             (_, _, events) => events,
         };
-        let request = |slot: SlotKey, sink: &Arc<dyn ReplySink>, delivery: &Parts| Request {
-            scope: Arc::clone(&server.scope),
-            entry: Arc::clone(entry),
+        let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };
+        let slot = self.shared.admit(kind, reply_to, id.unwrap_or_default(), entry.index, handlers);
+        self.env.control.admitted.add(1);
+        let Some(scope) = &self.scope else { return Ok(()) };
+        let request = Request(Box::new(Parts {
+            scope: Arc::clone(scope),
+            entry: Arc::clone(&entry),
             kind,
-            raw_pattern: delivery.pattern.clone(),
-            data: delivery.data.clone(),
-            metadata: delivery.metadata.clone(),
-            context: Arc::clone(&delivery.context),
+            raw_pattern: match key {
+                PatternKey::Raw(raw) => Some(raw),
+                PatternKey::Route(_) => None,
+            },
+            data,
+            metadata,
+            context,
             deadline,
-            sink: Arc::clone(sink),
             slot,
             extensions: None,
-        };
-        let Delivery { key, data, metadata, id, reply_to, context } = delivery;
-        let pattern = match key {
-            PatternKey::Raw(raw) => Some(raw),
-            PatternKey::Route(_) => None,
-        };
-        let parts = Parts { pattern, data, metadata, context };
-        let id = id.unwrap_or_default();
-        let format = self.env.transport.format;
-        let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };
-        let slot = self.shared.admit(kind, reply_to, id, entry.route.clone(), handlers);
-        let sink = &self.sink;
+        }));
         match chain {
             [only] => {
-                let responder = Responder::new(Arc::clone(sink), slot, format);
-                self.invoke(only, server.arbiter, request(slot, sink, &parts), responder);
+                let responder = Responder::new(Arc::clone(&self.sink), slot, format);
+                self.invoke(only, request, responder);
             }
             chain if kind == MessageKind::Request => {
-                let gather = ChainSink::new(chain.len(), Responder::new(Arc::clone(sink), slot, format));
+                let answer = Responder::new(Arc::clone(&self.sink), slot, format);
+                let gather = ChainSink::new(chain.len(), answer);
                 for (index, handler) in chain.iter().enumerate() {
-                    let responder = gather.responder(index as u32);
-                    self.invoke(handler, server.arbiter, request(slot, sink, &parts), responder);
+                    self.invoke(handler, request.clone(), gather.responder(index as u32));
                 }
             }
             chain => {
                 for handler in chain {
-                    let responder = Responder::new(Arc::clone(sink), slot, format);
-                    self.invoke(handler, server.arbiter, request(slot, sink, &parts), responder);
+                    let responder = Responder::new(Arc::clone(&self.sink), slot, format);
+                    self.invoke(handler, request.clone(), responder);
                 }
             }
         }
         Ok(())
     }
 
-    fn invoke(&self, handler: &HandlerRef, arbiter: usize, request: Request, responder: Responder) {
-        let Some(replica) = handler.replica(arbiter) else { return };
-        match replica.try_send(Invoke { endpoint: handler.endpoint, request, responder }) {
+    /// Adds a request to the batch for its replica; a batch for another one is sent first, which keeps the
+    /// order of dispatch.
+    fn invoke(&mut self, handler: &Arc<HandlerRef>, request: Request, responder: Responder) {
+        let invoke = Invoke { endpoint: handler.endpoint, request, responder };
+        match &mut self.invokes {
+            Some((same, batch)) if Arc::ptr_eq(&same.replicas, &handler.replicas) => batch.push(invoke),
+            _ => {
+                self.send_invokes();
+                let mut batch = Vec::with_capacity(8);
+                batch.push(invoke);
+                self.invokes = Some((Arc::clone(handler), batch));
+            }
+        }
+    }
+
+    fn send_invokes(&mut self) {
+        let Some((handler, batch)) = self.invokes.take() else { return };
+        let Some(server) = &self.env.server else { return };
+        let Some(replica) = handler.replica(server.arbiter) else { return };
+        match replica.try_send(InvokeBatch(batch)) {
             Ok(()) => {}
-            Err(SendError::Full(invoke)) => {
+            Err(SendError::Full(InvokeBatch(batch))) => {
                 self.env.events.emit(ServiceEvent::BoundHit {
                     place: Arc::clone(&handler.info.name),
                     bound: "mailbox_capacity",
-                    limit: 0,
-                    action: "the request was answered with an overload error",
+                    limit: handler.replicas.mailbox_capacity as u64,
+                    action: "the requests were answered with an overload error",
                 });
-                invoke.responder.fail(&overloaded());
+                for invoke in batch {
+                    invoke.responder.fail(&overloaded());
+                }
             }
-            // Unrouted meanwhile; the responder says so by being dropped.
-            Err(SendError::Closed(invoke)) => drop(invoke),
+            // Unrouted meanwhile; the responders say so by being dropped.
+            Err(SendError::Closed(batch)) => drop(batch),
         }
     }
 
@@ -803,14 +885,6 @@ impl<S: Session> Loop<S> {
         }
         Ok(())
     }
-}
-
-/// The parts of a delivery that a request is made of.
-struct Parts {
-    pattern: Option<Bytes>,
-    data: Option<crate::payload::Payload>,
-    metadata: Option<crate::payload::Payload>,
-    context: crate::transport::ContextData,
 }
 
 /// The deadline that a caller's metadata carries.

@@ -144,9 +144,12 @@ struct Node {
     kind: &'static str,
     state: Mutex<NodeState>,
     restarts: AtomicU64,
-    in_flight: AtomicU64,
+    in_flight: Mutex<Option<Gauge>>,
     children: Mutex<Vec<Weak<Node>>>,
 }
+
+/// Looks up a number that somebody else keeps.
+type Gauge = Box<dyn Fn() -> u64 + Send + Sync>;
 
 struct NodeState {
     state: ChildState,
@@ -201,7 +204,7 @@ impl Child {
                 kind,
                 state: Mutex::new(NodeState { state: ChildState::Running, last_cause: None }),
                 restarts: AtomicU64::new(0),
-                in_flight: AtomicU64::new(0),
+                in_flight: Mutex::default(),
                 children: Mutex::default(),
             }),
         }
@@ -241,8 +244,9 @@ impl Child {
         self.node.restarts.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    pub(crate) fn set_in_flight(&self, count: u64) {
-        self.node.in_flight.store(count, Ordering::Relaxed);
+    /// Where to look up what it works on.
+    pub(crate) fn watch_in_flight(&self, gauge: impl Fn() -> u64 + Send + Sync + 'static) {
+        *self.node.in_flight.lock() = Some(Box::new(gauge));
     }
 
     /// This part of the tree, as a value.
@@ -261,7 +265,7 @@ impl Node {
             state: state.state,
             restarts: self.restarts.load(Ordering::Relaxed),
             last_cause: state.last_cause.clone(),
-            in_flight: self.in_flight.load(Ordering::Relaxed),
+            in_flight: self.in_flight.lock().as_ref().map(|gauge| gauge()).unwrap_or_default(),
             children: children.iter().map(|child| child.report()).collect(),
         }
     }

@@ -14,14 +14,14 @@ use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-
-use bytes::Bytes;
+use std::time::Duration;
 
 use crate::error::SessionError;
 use crate::headers::Headers;
-use crate::packet::{Metadata, ResponseBody, ResponsePacket};
+use crate::packet::{Metadata, Raw, ResponseBody, ResponsePacket};
 use crate::pattern::{Pattern, Route};
 use crate::payload::{Format, Payload};
+use crate::request::TIMEOUT_KEY;
 use crate::route::HandlerKind;
 
 /// The transporter-specific context of a message, handed to extractors that know its type.
@@ -113,7 +113,7 @@ pub struct Subscription {
 pub enum PatternKey {
     /// The raw bytes of the packet's pattern, in the payload format. Looked up as they are, normalised on
     /// a miss. Empty means that the packet has no pattern.
-    Raw(Bytes),
+    Raw(Raw),
     /// The route of the subscription that matched.
     Route(Route),
 }
@@ -128,11 +128,11 @@ pub struct Delivery<R> {
     /// The packet's metadata, still raw.
     pub metadata: Option<Payload>,
     /// The packet id, raw: present on requests.
-    pub id: Option<Bytes>,
+    pub id: Option<Raw>,
     /// What the transporter needs to answer (and to settle).
     pub reply_to: R,
-    /// The transporter's context of this message.
-    pub context: ContextData,
+    /// The transporter's context of this message; `None` for that of the session.
+    pub context: Option<ContextData>,
 }
 
 /// Everything that can arrive on a session.
@@ -153,7 +153,7 @@ pub enum Inbound<R> {
     /// A caller has lost interest in its request.
     Cancel {
         /// The raw packet id of the request.
-        id: Bytes,
+        id: Raw,
     },
     /// Something that cannot be read arrived. It is reported; the session goes on.
     Bad {
@@ -175,7 +175,7 @@ pub enum Outbound<R> {
         /// As received with the delivery.
         reply_to: R,
         /// The raw packet id, as received.
-        id: Bytes,
+        id: Raw,
         /// What to say.
         body: ResponseBody,
         /// Headers for this packet, where the protocol has them.
@@ -213,8 +213,22 @@ pub struct OutboundMessage {
     pub data: Payload,
     /// Packet metadata; empty means that none is sent.
     pub metadata: Metadata,
+    /// How long the caller waits, if the peer may know: see [`put_timeout`](Self::put_timeout).
+    pub timeout: Option<Duration>,
     /// Headers, where the protocol has them.
     pub headers: Headers,
+}
+
+impl OutboundMessage {
+    /// Puts the caller's timeout into the metadata. A transporter calls it where the peer is, or may be, a
+    /// Martlet service; NestJS 10, 11 and 12 ignore it.
+    pub fn put_timeout(&mut self) {
+        if let Some(timeout) = self.timeout.take()
+            && self.metadata.get(TIMEOUT_KEY).is_none()
+        {
+            self.metadata.insert(TIMEOUT_KEY, timeout.as_millis().to_string());
+        }
+    }
 }
 
 /// How a delivery ended, for transporters that acknowledge.
@@ -312,6 +326,11 @@ pub trait Session: 'static {
 
     /// The driver's own handle (a NATS client, a socket's address), for NestJS's `unwrap()`.
     fn native(&self) -> Option<ContextData> {
+        None
+    }
+
+    /// The transporter's context of every message that brings none of its own.
+    fn context(&self) -> Option<ContextData> {
         None
     }
 

@@ -71,7 +71,7 @@ impl NatsDial {
             std::future::ready(())
         });
         let client = options.connect(address).await.map_err(|error| explain(&shown, &error))?;
-        // Its reconnecting ends at once, see `link`.
+        // NATS-17: its reconnecting ends at once, see `link`.
         let nowhere: ServerAddr = "nats://127.0.0.1:0".parse().map_err(SessionError::from)?;
         client.set_server_pool(nowhere).await.map_err(|error| SessionError::lost(error.to_string()))?;
         Ok((client, signals))
@@ -236,6 +236,7 @@ impl Dial for NatsDial {
                 link.serve(subscription).await?;
             }
             if let (Role::Server, Some(service)) = (plan.role, &settings.service) {
+                // NATS-22.
                 for (verb, subject) in service.subjects() {
                     let stream = link.subscribe(subject, None).await?;
                     link.streams.borrow_mut().insert(Purpose::Discovery(verb), stream);

@@ -30,6 +30,7 @@
 //! let sum: i64 = client.send("sum", [1, 2, 3]).await?;
 //! # Ok(()) }
 //! ```
+#![warn(clippy::print_stdout)]
 
 mod client;
 mod context;

@@ -185,7 +185,7 @@ impl Link {
         chores.map(Ok)
     }
 
-    /// Why the session is over.
+    /// Why the session is over; calls under way end with it (NATS-18).
     pub(crate) fn lost(&self) -> SessionError {
         match self.last_words.borrow().as_deref() {
             Some(words) => SessionError::lost(format!("the connection to the broker was lost: {words}")),
@@ -219,6 +219,7 @@ impl Link {
 
     /// Subscribes a route, and the cancellations of its requests.
     pub(crate) async fn serve(&self, subscription: &Subscription) -> Result<(), SessionError> {
+        // NATS-1, NATS-7, NATS-14, NATS-15: the broker matches, the subscription says which route.
         let own = subscription.extras.get("queue").and_then(serde_json::Value::as_str);
         let queue = own.or(self.settings.queue.as_deref()).filter(|queue| !queue.is_empty());
         let route = &subscription.route;
@@ -277,7 +278,7 @@ impl Link {
         }
     }
 
-    /// Tells the broker to send no more on these subscriptions, and goes on reading them.
+    /// NATS-19: tells the broker to send no more on these subscriptions, and goes on reading them.
     ///
     /// The driver's `unsubscribe` and `drain` drop what is under way from the broker. A number of messages
     /// that the broker cannot read as one makes it end the subscription at once (as `UNSUB` without a number

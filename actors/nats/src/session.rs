@@ -177,7 +177,7 @@ impl NatsReader {
                     Answer::Foreign => None,
                 }
             }
-            Purpose::Cancel => Some(Inbound::Cancel { id: message.payload }),
+            Purpose::Cancel => Some(Inbound::Cancel { id: message.payload.into() }),
             Purpose::Discovery(verb) => {
                 if let (Some(service), Some(reply)) = (&link.settings.service, message.reply) {
                     link.push(reply, None, service.answer(*verb), None);
@@ -243,7 +243,7 @@ fn deliver(link: &Link, key: PatternKey, endpoint: u32, message: Message) -> Inb
         metadata: packet.metadata,
         id: packet.id,
         reply_to: NatsReplyTo { subject: reply.clone(), watched },
-        context: Arc::new(NatsContext { subject, reply, headers }),
+        context: Some(Arc::new(NatsContext { subject, reply, headers })),
     };
     if is_event { Inbound::Event(delivery) } else { Inbound::Request(delivery) }
 }
@@ -327,7 +327,8 @@ impl std::fmt::Debug for NatsWriter {
 }
 
 impl NatsWriter {
-    fn message(&mut self, message: &OutboundMessage, reply: Option<Subject>) -> Result<(), WireError> {
+    fn message(&mut self, message: &mut OutboundMessage, reply: Option<Subject>) -> Result<(), WireError> {
+        message.put_timeout();
         let (own, fixed, limit) = (&message.headers, &self.link.settings.headers, self.max_header_bytes);
         let usual = match own.is_empty() && fixed.is_empty() {
             true => self.deadline_headers.of(&message.metadata, limit),
@@ -383,13 +384,14 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
     fn write(&mut self, item: Outbound<NatsReplyTo>) -> Result<(), WriteError> {
         let refused = |error: WireError| WriteError::Item(Arc::new(error));
         match item {
-            Outbound::Request(message) => {
+            Outbound::Request(mut message) => {
                 // Always present on requests.
                 let Some(id) = message.id else { return Ok(()) };
                 let reply = wire::reply_subject(&self.link.inbox, &id, &mut self.buffer);
-                self.message(&message, Some(reply)).map_err(refused)
+                self.message(&mut message, Some(reply)).map_err(refused)
             }
-            Outbound::Event(message) => self.message(&message, None).map_err(refused),
+            // NATS-3.
+            Outbound::Event(mut message) => self.message(&mut message, None).map_err(refused),
             Outbound::Response { reply_to, id, body, headers } => {
                 if let Some((endpoint, since)) = reply_to.watched
                     && let Some(service) = &self.link.settings.service

@@ -16,7 +16,7 @@ use martlet_core::payload::{Format, Payload};
 use martlet_core::request::{TIMEOUT_KEY, TRACEPARENT_KEY, TRACESTATE_KEY};
 use martlet_core::transport::{OutboundMessage, PacketId};
 
-/// Metadata that also travels as headers, for services that read headers only.
+/// NATS-20: metadata that also travels as headers, for services that read headers only.
 pub(crate) const HEADER_METADATA: [&str; 3] = [TRACEPARENT_KEY, TRACESTATE_KEY, TIMEOUT_KEY];
 
 /// What the subjects of cancellations begin with.
@@ -61,7 +61,7 @@ pub enum WireError {
 
 // === subjects ===
 
-/// Checks that a route can be a subject.
+/// Checks that a route can be a subject (NATS-16).
 pub(crate) fn check_subject(route: &str) -> Result<(), String> {
     // Checked for every call: most routes are plain.
     if !route.is_empty() && route.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'.') {
@@ -79,7 +79,7 @@ pub(crate) fn check_subject(route: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Where cancellations of requests to a route go.
+/// Where cancellations of requests to a route go (NATS-21).
 pub(crate) fn cancel_subject(route: &str) -> String {
     format!("{CANCEL_PREFIX}{route}")
 }
@@ -122,7 +122,7 @@ fn finish(result: Result<(), CodecError>, out: &mut BytesMut) -> Result<Bytes, W
     }
 }
 
-/// Reads a request or event. An empty body and one that is not JSON are errors: they end a NestJS service,
+/// NATS-2, NATS-6: reads a request or event. An empty body and one that is not JSON are errors (NATS-5): they end a NestJS service,
 /// not this one.
 pub(crate) fn decode_request(body: &Bytes, headers: &Headers) -> Result<IncomingPacket, String> {
     if body.is_empty() {
@@ -156,7 +156,7 @@ pub(crate) fn reply_subject(inbox: &str, id: &PacketId, out: &mut BytesMut) -> S
     Subject::from_utf8(out.split().freeze()).unwrap_or_else(|_| Subject::from(id.as_str()))
 }
 
-/// Writes the body of a reply; the bytes are cut off `out`.
+/// NATS-4, NATS-8: writes the body of a reply; the bytes are cut off `out`.
 pub(crate) fn encode_response(
     id: &[u8],
     body: &ResponseBody,
@@ -179,7 +179,7 @@ pub(crate) enum Answer {
 
 /// Reads a message on the reply subject of the request `id`.
 ///
-/// A body without id is accepted; one that is not JSON becomes the reply as it is, so that the call ends
+/// NATS-9, NATS-10. A body without id is accepted; one that is not JSON becomes the reply as it is, so that the call ends
 /// (with a decoding error) instead of waiting for its timeout.
 pub(crate) fn decode_response(id: &str, status: Option<u16>, body: &Bytes) -> Answer {
     if status == Some(503) || body.is_empty() {
@@ -194,7 +194,7 @@ pub(crate) fn decode_response(id: &str, status: Option<u16>, body: &Bytes) -> An
     match packet.id.as_deref() {
         Some([b'"', quoted @ .., b'"']) if quoted == id.as_bytes() => {}
         Some(other) if json::is_truthy(other) => return Answer::Foreign,
-        _ => packet.id = Some(Bytes::from(format!("\"{id}\""))),
+        _ => packet.id = Some(Bytes::from(format!("\"{id}\"")).into()),
     }
     Answer::Reply(packet)
 }
@@ -221,7 +221,7 @@ pub(crate) fn header_bytes(map: &HeaderMap) -> usize {
     "NATS/1.0\r\n\r\n".len() + lines.sum::<usize>()
 }
 
-/// The headers of a message: its own, then those of the options that it does not have, then the metadata
+/// NATS-11, NATS-12: the headers of a message: its own, then those of the options that it does not have, then the metadata
 /// that also travels as headers. `None` when there are none.
 pub(crate) fn headers_for(
     own: &Headers,
@@ -244,6 +244,7 @@ pub(crate) fn headers_for(
         return Ok(None);
     }
     let size = header_bytes(&map);
+    // NATS-13.
     if size > limit {
         return Err(WireError::HeadersTooLarge { size, limit });
     }

@@ -68,6 +68,7 @@ fn requests_and_events_of_nestjs_are_read_and_written_byte_for_byte() {
             data,
             metadata: packet.metadata.map(|raw| raw.decode().unwrap()).unwrap_or_default(),
             headers: Headers::new(),
+            timeout: None,
         };
         let written = encode_request(&message, &mut BytesMut::new()).unwrap();
         assert_eq!(text(&written), text(&body), "{name}");

@@ -71,9 +71,11 @@ impl Dial for TcpClient {
                 SessionError::from(error)
             }
         })?;
+        // TCP-20.
         socket.set_nodelay(true)?;
         let io = match tls {
             None => Io::Plain(socket),
+            // TCP-22.
             Some((config, tls)) => {
                 let name = tls.server_name(&options.host)?;
                 let stream =
@@ -85,6 +87,7 @@ impl Dial for TcpClient {
             frame: FrameLimits::default().with_max_frame(options.max_buffer_size),
             incomplete_message_timeout: options.incomplete_message_timeout,
             max_send_buffer_size: options.max_send_buffer_size,
+            extensions: options.client.propagate,
         };
         TcpSession::new(io, Role::Client, options.protocol.clone(), limits)
     }

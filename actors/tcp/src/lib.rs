@@ -14,6 +14,7 @@
 //! | `retryAttempts`, `retryDelay` | both | 0, 0 ms |
 //!
 //! The rest is with [`TcpServerOptions`] and [`TcpClientOptions`].
+#![warn(clippy::print_stdout)]
 
 pub mod client;
 pub mod options;

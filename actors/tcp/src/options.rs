@@ -141,6 +141,23 @@ impl Default for TcpServerOptions {
 }
 
 impl TcpServerOptions {
+    /// The names of the options, as configuration has them.
+    pub const OPTION_KEYS: &'static [&'static str] = &[
+        "host",
+        "port",
+        "retryAttempts",
+        "retryDelay",
+        "tlsOptions",
+        "maxBufferSize",
+        "incompleteMessageTimeout",
+        "maxSendBufferSize",
+        "maxInFlight",
+        "maxConnections",
+        "highWaterBytes",
+        "handshakeTimeout",
+        "backlog",
+    ];
+
     /// The defaults.
     pub fn new() -> Self {
         Self::default()
@@ -263,6 +280,22 @@ impl Default for TcpClientOptions {
 }
 
 impl TcpClientOptions {
+    /// The names of the options, as configuration has them.
+    pub const OPTION_KEYS: &'static [&'static str] = &[
+        "host",
+        "port",
+        "tlsOptions",
+        "maxBufferSize",
+        "incompleteMessageTimeout",
+        "maxSendBufferSize",
+        "retryAttempts",
+        "retryDelay",
+        "connectTimeout",
+        "timeout",
+        "maxPending",
+        "maxBufferedReplies",
+    ];
+
     /// The defaults.
     pub fn new() -> Self {
         Self::default()
@@ -320,5 +353,33 @@ impl TcpClientOptions {
         client.retry_delay = BackoffOptions::fixed(self.retry_delay);
         client.connect_timeout = self.connect_timeout;
         client
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn names(value: impl Serialize) -> Vec<String> {
+        let mut names: Vec<_> =
+            serde_json::to_value(value).unwrap().as_object().unwrap().keys().cloned().collect();
+        names.sort();
+        names
+    }
+
+    fn sorted(keys: &[&str]) -> Vec<String> {
+        let mut keys: Vec<_> = keys.iter().map(|key| (*key).to_owned()).collect();
+        keys.sort();
+        keys
+    }
+
+    #[test]
+    fn the_option_keys_are_the_fields_that_configuration_may_have() {
+        // With every optional field present.
+        let server = TcpServerOptions::new().tls(TlsServerOptions::default());
+        assert_eq!(names(&server), sorted(TcpServerOptions::OPTION_KEYS));
+        let client = TcpClientOptions::new().tls(TlsClientOptions::default());
+        assert_eq!(names(&client), sorted(TcpClientOptions::OPTION_KEYS));
     }
 }

@@ -73,7 +73,7 @@ impl Listen for TcpServer {
         let mut failed = None;
         for mut address in addresses {
             if let Some(first) = listeners.first() {
-                // Every address of a name on one port.
+                // TCP-21: every address of a name on one port.
                 address.set_port(first.local_addr()?.port());
             }
             match listen_on(address, options.backlog) {
@@ -95,6 +95,7 @@ impl Listen for TcpServer {
             frame: FrameLimits::default().with_max_frame(options.max_buffer_size),
             incomplete_message_timeout: options.incomplete_message_timeout,
             max_send_buffer_size: options.max_send_buffer_size,
+            extensions: true,
         };
         let first = listeners.first().map(TcpListener::local_addr).transpose()?;
         let host = match options.host.parse::<std::net::IpAddr>() {
@@ -224,9 +225,11 @@ impl Open for TcpPeer {
 
     async fn open(self) -> Result<TcpSession, SessionError> {
         let socket = TcpStream::from_std(self.socket)?;
+        // TCP-20.
         socket.set_nodelay(true)?;
         let io = match self.tls {
             None => Io::Plain(socket),
+            // TCP-22.
             Some(tls) => {
                 let stream = TlsAcceptor::from(tls).accept(socket).await.map_err(handshake_error)?;
                 Io::Tls(Box::new(TlsStream::Server(stream)))

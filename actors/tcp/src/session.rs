@@ -109,6 +109,8 @@ pub(crate) struct TcpLimits {
     pub(crate) frame: FrameLimits,
     pub(crate) incomplete_message_timeout: Duration,
     pub(crate) max_send_buffer_size: usize,
+    /// Whether a client looks for a Martlet peer.
+    pub(crate) extensions: bool,
 }
 
 /// A live TCP connection.
@@ -132,8 +134,17 @@ struct Extensions {
     /// Server: the peer speaks Martlet's extensions and has not been answered yet.
     greet: Cell<bool>,
     greeted: Cell<bool>,
-    /// Client: the peer understands cancellation.
+    /// Client: the peer understands cancellation and deadlines.
     peer_cancels: Cell<bool>,
+    /// Client: the peer has answered something.
+    peer_answered: Cell<bool>,
+}
+
+impl Extensions {
+    /// Whether the peer understands Martlet's extensions, or has not shown yet that it does not.
+    fn peer_may_listen(&self) -> bool {
+        self.peer_cancels.get() || !self.peer_answered.get()
+    }
 }
 
 impl TcpSession {
@@ -166,6 +177,10 @@ impl Session for TcpSession {
         Some(Arc::clone(&self.context) as ContextData)
     }
 
+    fn context(&self) -> Option<ContextData> {
+        Some(Arc::clone(&self.context) as ContextData)
+    }
+
     fn split(self) -> (TcpReader, TcpWriter) {
         let extensions = Rc::new(Extensions::default());
         let reader = TcpReader {
@@ -190,7 +205,7 @@ impl Session for TcpSession {
             max_send_buffer_size: self.limits.max_send_buffer_size,
             extensions,
             out: BytesMut::new(),
-            announced: self.role == Role::Server,
+            announced: self.role == Role::Server || !self.limits.extensions,
         };
         (reader, writer)
     }
@@ -247,12 +262,13 @@ impl SessionReader<()> for TcpReader {
             }
             match self.fill(cx) {
                 Poll::Ready(Ok(true)) => {}
-                // The peer closed. A part of a frame cannot be completed any more.
+                // TCP-18: the peer closed. A part of a frame cannot be completed any more.
                 Poll::Ready(Ok(false)) => self.ended = true,
                 Poll::Ready(Err(error)) => {
                     self.ended = true;
                     return Poll::Ready(Some(Err(SessionError::from(error))));
                 }
+                // TCP-19.
                 Poll::Pending if self.draining.is_some() => self.ended = true,
                 Poll::Pending => return self.wait(cx),
             }
@@ -295,7 +311,7 @@ impl TcpReader {
             *left = left.saturating_sub(read);
         }
         if self.silence.is_some() {
-            // NestJS's timer restarts with every read.
+            // TCP-8: NestJS's timer restarts with every read.
             self.silence = None;
         }
         Poll::Ready(Ok(true))
@@ -330,7 +346,7 @@ impl TcpReader {
         }
     }
 
-    /// What cannot be read ends the intake. A server still answers what it owes; a client's connection is
+    /// TCP-5: what cannot be read ends the intake. A server still answers what it owes; a client's connection is
     /// of no use any more.
     fn fault(&mut self, reason: String) -> Poll<Option<Result<Inbound<()>, SessionError>>> {
         self.ended = true;
@@ -344,26 +360,30 @@ impl TcpReader {
     /// Reads one packet; `None` for one that is between Martlet peers alone.
     fn packet(&mut self, frame: Bytes) -> Result<Option<Inbound<()>>, CodecError> {
         match self.role {
-            Role::Server => self.request(&frame).map(Some),
+            Role::Server => self.request(frame).map(Some),
             Role::Client => {
+                // TCP-17, TCP-27.
                 let packet = self.codec.decode_response(&frame)?;
                 if packet.status.is_some() && packet.id.as_deref().is_some_and(|id| is_text(id, HELLO)) {
                     self.extensions.peer_cancels.set(true);
                     return Ok(None);
                 }
+                self.extensions.peer_answered.set(true);
                 Ok(Some(Inbound::Response(packet)))
             }
         }
     }
 
-    fn request(&mut self, frame: &Bytes) -> Result<Inbound<()>, CodecError> {
-        let packet = self.codec.decode_request(frame)?;
+    fn request(&mut self, frame: Bytes) -> Result<Inbound<()>, CodecError> {
+        let packet = self.codec.decode_request_owned(frame)?;
+        // TCP-13.
         let pattern = packet.pattern.unwrap_or_default();
         if packet.id.is_none()
             && is_text(&pattern, CANCEL)
             && let Some(id) = packet.data
         {
-            return Ok(Inbound::Cancel { id: id.into_bytes() });
+            // TCP-28.
+            return Ok(Inbound::Cancel { id: id.into_bytes().into() });
         }
         if let Some(metadata) = &packet.metadata
             && !self.extensions.greeted.get()
@@ -372,14 +392,17 @@ impl TcpReader {
             self.extensions.greeted.set(true);
             self.extensions.greet.set(true);
         }
+        // TCP-11.
         let request = packet.id.is_some();
         let delivery = Delivery {
+            // TCP-12.
             key: PatternKey::Raw(pattern),
             data: packet.data,
+            // TCP-24, TCP-25: read by the runtime.
             metadata: packet.metadata,
             id: packet.id,
             reply_to: (),
-            context: Arc::clone(&self.context) as ContextData,
+            context: None,
         };
         Ok(if request { Inbound::Request(delivery) } else { Inbound::Event(delivery) })
     }
@@ -455,15 +478,19 @@ impl TcpWriter {
     }
 
     fn message(&mut self, mut message: OutboundMessage) -> Result<(), WriteError> {
-        if !self.announced && message.id.is_some() {
-            self.announced = true;
-            message.metadata.insert(PEER_KEY, "1");
+        // TCP-26.
+        if message.id.is_some() && self.extensions.peer_may_listen() {
+            // A peer that turned out to be NestJS is not told what it does not read.
+            message.put_timeout();
+            if !std::mem::replace(&mut self.announced, true) {
+                message.metadata.insert(PEER_KEY, "1");
+            }
         }
         let hint = message.data.bytes().len() + message.pattern.text().len() + 64;
         self.frame(hint, |codec, out| {
             codec.encode_request(
                 &OutgoingPacket {
-                    // TCP events carry the route, requests the pattern as given.
+                    // TCP-10: events carry the route, requests the pattern as given.
                     pattern: match &message.id {
                         Some(_) => PatternText::Given(&message.pattern),
                         None => PatternText::Route(message.pattern.route()),
@@ -498,6 +525,7 @@ impl TcpWriter {
 impl SessionWriter<()> for TcpWriter {
     fn write(&mut self, item: Outbound<()>) -> Result<(), WriteError> {
         match item {
+            // TCP-14, TCP-15, TCP-16.
             Outbound::Response { id, body, .. } => {
                 let hint = match &body {
                     ResponseBody::Item(payload)
@@ -509,9 +537,10 @@ impl SessionWriter<()> for TcpWriter {
             }
             Outbound::Request(message) | Outbound::Event(message) => self.message(message)?,
             Outbound::Cancel { id, .. } if self.extensions.peer_cancels.get() => self.cancel(id.as_str())?,
-            // A connection needs no subscriptions; a NestJS peer is told nothing it does not know.
+            // TCP-23: a connection needs no subscriptions; a NestJS peer is told nothing it does not know.
             _ => {}
         }
+        // TCP-9.
         if self.max_send_buffer_size > 0 && self.out.len() > self.max_send_buffer_size {
             return Err(WriteError::Session(SessionError::protocol(format!(
                 "maxSendBufferSize: {} bytes wait for a peer that does not read, the limit is {}",

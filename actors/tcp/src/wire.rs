@@ -226,6 +226,7 @@ fn plain_length(prefix: &[u8], limits: &FrameLimits) -> Option<usize> {
 fn sloppy_length(prefix: &[u8], limits: &FrameLimits) -> Result<usize, FrameError> {
     let text = String::from_utf8_lossy(&prefix[..prefix.len().min(limits.max_prefix_bytes)]);
     let corrupt = || FrameError::CorruptLength { prefix: text.chars().take(64).collect() };
+    // TCP-7.
     if prefix.len() > limits.max_prefix_bytes {
         return Err(corrupt());
     }
@@ -251,6 +252,7 @@ fn is_js_space(character: char) -> bool {
     (character.is_whitespace() && character != '\u{85}') || character == '\u{feff}'
 }
 
+// TCP-1, TCP-2, TCP-3.
 impl Framing for NestFraming {
     fn name(&self) -> &'static str {
         "nest"
@@ -283,6 +285,7 @@ impl Framing for NestFraming {
                 };
                 // The prefix counts in characters, too; where it is not ASCII, bytes are on the safe side.
                 let whole = length.saturating_add(end + 1);
+                // TCP-6.
                 if whole > limits.max_frame {
                     return Err(FrameError::TooLong { length: whole, limit: limits.max_frame });
                 }
@@ -373,6 +376,7 @@ fn count_units(buf: &[u8], state: &mut FrameState, length: usize) -> Result<bool
             }
             _ => match character(rest) {
                 Character::Valid(bytes) => (bytes, if bytes == 4 { 2 } else { 1 }),
+                // TCP-4.
                 Character::Invalid(bytes) => {
                     state.broken = true;
                     (bytes, 1)
@@ -429,6 +433,7 @@ fn character(bytes: &[u8]) -> Character {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct LengthDelimited;
 
+// TCP-29.
 impl Framing for LengthDelimited {
     fn name(&self) -> &'static str {
         "length-delimited"

@@ -1,1 +1,20 @@
-//! martlet-testkit
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What Martlet's transporters are tested with, and what an application's tests can use.
+//!
+//! | module | is |
+//! |---|---|
+//! | [`memory`] | an in-memory transporter: peers, or a broker in the middle |
+//! | [`conformance`], [`features`] | the suite that every transporter passes, one test per behaviour |
+//! | [`fault`] | any transporter, with cuts, delays, losses, doubles and panics as told |
+//! | [`probe`] | an actor that records what it receives |
+//! | [`broker`] | a real broker process on a free port: restarted, frozen, killed when dropped |
+//!
+//! Not here: mocks of the runtime. Everything is a real implementation of the public contract.
+#![warn(clippy::print_stdout)]
+
+pub mod broker;
+pub mod conformance;
+pub mod fault;
+pub mod features;
+pub mod memory;
+pub mod probe;

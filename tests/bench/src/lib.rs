@@ -12,6 +12,7 @@ pub mod frame;
 pub mod load;
 pub mod options;
 pub mod process;
+#[path = "../../../src/cli/report.rs"]
 pub mod report;
 pub mod service;
 pub mod window;

@@ -3,5 +3,11 @@
 //! Integration tests of `martlet-core`.
 #![allow(clippy::unwrap_used)]
 
+mod conformance;
+mod edges;
+mod faults;
+mod memory;
 mod packets;
 mod patterns;
+mod supervision;
+mod support;

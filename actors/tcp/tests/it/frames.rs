@@ -92,7 +92,7 @@ fn check_fault(text: &[u8], limits: &FrameLimits, is_expected: impl Fn(&FrameErr
 
 /// Writes a packet that was read and expects the same frame.
 fn request_frame(packet: &IncomingPacket) -> BytesMut {
-    let pattern = Payload::new(Format::Json, packet.pattern.clone().unwrap());
+    let pattern = Payload::new(Format::Json, packet.pattern.clone().unwrap().into());
     let text: Box<serde_json::value::RawValue> = serde_json::from_slice(pattern.bytes()).unwrap();
     let pattern = Pattern::from_json(&text).unwrap();
     let id = packet.id.as_deref().map(|raw| serde_json::from_slice::<String>(raw).unwrap());

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a load run measured: a latency histogram and the report printed at its end.
 //!
-//! Uses the standard library only, so that another load generator can take the file as it is.
+//! Shared by `martlet bench` and the load generators in `tests/bench`, which include this file; it uses the
+//! standard library only.
 
 use std::fmt;
 use std::time::Duration;

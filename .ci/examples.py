@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Run every example and compare what it prints with its header.
+
+The header holds a block
+
+    //! ```text
+    //! $ cargo run --example NAME [--features F] [-- ARGUMENTS]
+    //! what it prints
+    //! ```
+
+In the expected lines `…` stands for any text. A line `^C` means that the lines above it are waited for and
+the program is then stopped with SIGINT, which it must survive long enough to end with status 0. An example whose source
+mentions nats:// gets a broker of its own: its URL is in the environment variable NATS_URL, and takes the place of
+nats://127.0.0.1:4222 in the arguments.
+"""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+LIMIT = 60
+DEFAULT_URL = "nats://127.0.0.1:4222"
+
+
+def expected(source):
+    """The command and the lines of the header's block."""
+    header = [line[3:].removeprefix(" ") for line in source.splitlines() if line.startswith("//!")]
+    blocks = re.findall(r"^```text\n(.*?)^```$", "\n".join(header) + "\n", re.S | re.M)
+    for block in blocks:
+        command, *lines = block.splitlines()
+        if command.startswith("$ cargo run") and "--example" in command:
+            return shlex.split(command[2:]), lines
+    raise ValueError("its header has no ```text block that begins with `$ cargo run --example`")
+
+
+def matches(line, wanted):
+    return re.fullmatch(".*".join(map(re.escape, wanted.split("…"))), line) is not None
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Broker:
+    """A nats-server on a free port, for as long as the block runs."""
+
+    def __enter__(self):
+        self.port = free_port()
+        self.log = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(["nats-server", "-a", "127.0.0.1", "-p", str(self.port)],
+                                        stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return f"nats://127.0.0.1:{self.port}"
+            except OSError:
+                time.sleep(0.05)
+        self.__exit__()
+        raise ValueError("nats-server did not start")
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+
+def run(name, command, lines, url):
+    arguments = command[command.index("--") + 1:] if "--" in command else []
+    environment = dict(os.environ)
+    if url:
+        environment["NATS_URL"] = url
+        arguments = [argument.replace(DEFAULT_URL, url) for argument in arguments]
+    binary = TARGET / "debug" / "examples" / name
+    interrupt = "^C" in lines
+    first = lines.index("^C") if interrupt else len(lines)
+    process = subprocess.Popen([binary, *arguments], env=environment, stdout=subprocess.PIPE, text=True,
+                               stdin=subprocess.DEVNULL)
+    watchdog = threading.Timer(LIMIT, process.kill)
+    watchdog.start()
+    printed = []
+    try:
+        if interrupt:
+            while len(printed) < first and (line := process.stdout.readline()):
+                printed.append(line.rstrip("\n"))
+            process.send_signal(signal.SIGINT)
+        printed += process.stdout.read().splitlines()
+        status = process.wait()
+    finally:
+        timed_out = not watchdog.is_alive()
+        watchdog.cancel()
+        process.kill()
+        process.wait()
+    if timed_out:
+        raise ValueError(f"it did not end within {LIMIT} s; it printed {printed}")
+    wanted = [line for line in lines if line != "^C"]
+    if len(printed) != len(wanted) or not all(map(matches, printed, wanted)):
+        show = "\n    ".join
+        raise ValueError(f"expected:\n    {show(wanted)}\n  printed:\n    {show(printed)}")
+    if status != 0:
+        raise ValueError(f"it ended with status {status}")
+
+
+def main():
+    passed = failed = 0
+    for path in sorted((ROOT / "examples").glob("*.rs")):
+        source = path.read_text()
+        try:
+            command, lines = expected(source)
+            if "nats://" in source:
+                with Broker() as url:
+                    run(path.stem, command, lines, url)
+            else:
+                run(path.stem, command, lines, None)
+        except (ValueError, OSError) as error:
+            failed += 1
+            print(f"example {path.stem}: FAILED\n  {error}", flush=True)
+        else:
+            passed += 1
+            print(f"example {path.stem}: ok", flush=True)
+    print(f"examples: {passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Real brokers under control: started on a free port, restarted, frozen, killed when dropped.
+//!
+//! # Examples
+//!
+//! ```no_run
+//! use martlet_testkit::broker::{Broker, BrokerCommand};
+//!
+//! let mut broker = Broker::start(BrokerCommand::nats())?;
+//! println!("{}", broker.url());
+//! broker.restart()?;
+//! # Ok::<_, martlet_testkit::broker::BrokerError>(())
+//! ```
+
+use std::fmt;
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long a broker may take to accept connections.
+const READY_WITHIN: Duration = Duration::from_secs(15);
+
+/// Why a broker could not be controlled.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum BrokerError {
+    /// Its program is not on this machine.
+    Missing {
+        /// The program.
+        program: String,
+        /// What to do about it.
+        install: String,
+    },
+    /// It ended, or did not accept connections in time.
+    NotReady {
+        /// The program.
+        program: String,
+        /// What happened instead.
+        reason: String,
+    },
+    /// The operating system refused.
+    Io(std::io::Error),
+}
+
+impl fmt::Display for BrokerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing { program, install } => write!(
+                f,
+                "{program} is neither in PATH nor in /usr/sbin or /usr/local/sbin: install it with `{install}`"
+            ),
+            Self::NotReady { program, reason } => write!(f, "{program} is not ready: {reason}"),
+            Self::Io(error) => write!(f, "cannot control the broker: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for BrokerError {}
+
+impl From<std::io::Error> for BrokerError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+/// How a broker is started: its program, and its arguments for a port.
+pub struct BrokerCommand {
+    program: String,
+    scheme: String,
+    install: String,
+    arguments: Box<dyn Fn(u16) -> Vec<String> + Send + Sync>,
+}
+
+impl fmt::Debug for BrokerCommand {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BrokerCommand").field("program", &self.program).finish_non_exhaustive()
+    }
+}
+
+impl BrokerCommand {
+    /// A broker in the foreground, which listens on 127.0.0.1 and the port it is given. `install` is the
+    /// command that installs it.
+    pub fn new(
+        program: impl Into<String>,
+        scheme: impl Into<String>,
+        install: impl Into<String>,
+        arguments: impl Fn(u16) -> Vec<String> + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            program: program.into(),
+            scheme: scheme.into(),
+            install: install.into(),
+            arguments: Box::new(arguments),
+        }
+    }
+
+    /// A NATS server.
+    pub fn nats() -> Self {
+        Self::nats_with(&[])
+    }
+
+    /// A NATS server with further arguments (`--tls`, `-c file`).
+    pub fn nats_with(more: &[&str]) -> Self {
+        let more: Vec<String> = more.iter().map(|argument| (*argument).to_owned()).collect();
+        Self::new("nats-server", "nats", "apt-get install nats-server", move |port| {
+            let mut arguments =
+                vec!["-a".to_owned(), "127.0.0.1".to_owned(), "-p".to_owned(), port.to_string()];
+            arguments.extend(more.iter().cloned());
+            arguments
+        })
+    }
+
+    fn path(&self) -> Result<PathBuf, BrokerError> {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let more = ["/usr/sbin", "/usr/local/sbin"].map(PathBuf::from);
+        std::env::split_paths(&path)
+            .chain(more)
+            .map(|folder| folder.join(&self.program))
+            .find(|file| file.is_file())
+            .ok_or_else(|| BrokerError::Missing {
+                program: self.program.clone(),
+                install: self.install.clone(),
+            })
+    }
+}
+
+/// A running (or stopped) broker process. It is killed when this is dropped.
+#[derive(Debug)]
+pub struct Broker {
+    command: BrokerCommand,
+    port: u16,
+    process: Option<Child>,
+}
+
+impl Broker {
+    /// Starts a broker on a free port; ready when it accepts connections. Blocks the thread meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`BrokerError::Missing`] says what to install.
+    pub fn start(mut command: BrokerCommand) -> Result<Self, BrokerError> {
+        command.path()?;
+        let mut attempts = 0;
+        loop {
+            // The port may be taken between finding and using it.
+            let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
+            let mut broker = Self { command, port, process: None };
+            match broker.resume_process() {
+                Ok(()) => return Ok(broker),
+                Err(BrokerError::NotReady { .. }) if attempts < 3 => attempts += 1,
+                Err(error) => return Err(error),
+            }
+            broker.stop();
+            command = broker.into_command();
+        }
+    }
+
+    /// Its port, the same after a restart.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// `127.0.0.1:4222`.
+    pub fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    /// `nats://127.0.0.1:4222`.
+    pub fn url(&self) -> String {
+        format!("{}://{}", self.command.scheme, self.address())
+    }
+
+    /// Whether its process runs.
+    pub fn is_running(&mut self) -> bool {
+        self.process.as_mut().is_some_and(|process| matches!(process.try_wait(), Ok(None)))
+    }
+
+    /// Kills it, as a power cut would. Its port stays its own.
+    pub fn stop(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            // Errors mean that it has ended already.
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+
+    /// Starts it again after [`stop`](Self::stop); ready when it accepts connections.
+    ///
+    /// # Errors
+    ///
+    /// When it does not come up.
+    pub fn resume(&mut self) -> Result<(), BrokerError> {
+        if self.is_running() { Ok(()) } else { self.resume_process() }
+    }
+
+    /// Kills it and starts it again on the same port.
+    ///
+    /// # Errors
+    ///
+    /// When it does not come up.
+    pub fn restart(&mut self) -> Result<(), BrokerError> {
+        self.stop();
+        self.resume_process()
+    }
+
+    /// Stops it in its tracks (SIGSTOP): connections stay open and nothing answers.
+    ///
+    /// # Errors
+    ///
+    /// When the signal cannot be sent.
+    pub fn freeze(&self) -> Result<(), BrokerError> {
+        self.signal("STOP")?;
+        let id = self.process.as_ref().map(Child::id).unwrap_or_default();
+        // The signal is on its way; each thread stops when it sees it.
+        for _ in 0..1000 {
+            if all_threads_are_stopped(id) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Lets it go on (SIGCONT).
+    ///
+    /// # Errors
+    ///
+    /// When the signal cannot be sent.
+    pub fn thaw(&self) -> Result<(), BrokerError> {
+        self.signal("CONT")
+    }
+
+    fn signal(&self, name: &str) -> Result<(), BrokerError> {
+        let Some(process) = &self.process else {
+            return Err(self.not_ready("it is stopped"));
+        };
+        // The standard library sends no signal but SIGKILL, and unsafe code is forbidden here.
+        let status = Command::new("kill").args([format!("-{name}"), process.id().to_string()]).status()?;
+        if status.success() { Ok(()) } else { Err(self.not_ready("it could not be signalled")) }
+    }
+
+    fn not_ready(&self, reason: &str) -> BrokerError {
+        BrokerError::NotReady { program: self.command.program.clone(), reason: reason.to_owned() }
+    }
+
+    fn resume_process(&mut self) -> Result<(), BrokerError> {
+        let process = Command::new(self.command.path()?)
+            .args((self.command.arguments)(self.port))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        self.process = Some(process);
+        let until = Instant::now() + READY_WITHIN;
+        while Instant::now() < until {
+            if !self.is_running() {
+                return Err(self.not_ready("it ended while it was starting"));
+            }
+            if TcpStream::connect(("127.0.0.1", self.port)).is_ok() {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.stop();
+        Err(self.not_ready("it accepts no connection within 15s"))
+    }
+
+    fn into_command(mut self) -> BrokerCommand {
+        self.stop();
+        let nothing = BrokerCommand::new("", "", "", |_| Vec::new());
+        std::mem::replace(&mut self.command, nothing)
+    }
+}
+
+/// What Linux says in `/proc`; elsewhere nobody says, and a moment must do.
+fn all_threads_are_stopped(process: u32) -> bool {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{process}/task")) else {
+        std::thread::sleep(Duration::from_millis(50));
+        return true;
+    };
+    threads.flatten().all(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        stat.rsplit(") ").next().is_none_or(|state| state.starts_with('T'))
+    })
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

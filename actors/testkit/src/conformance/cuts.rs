@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Cut lines: every call hears what became of it, nothing hangs, everything comes back.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use futures::{StreamExt, stream};
+use martlet_core::backoff::BackoffOptions;
+use martlet_core::{CallError, Cancellation, ConnectionStatus, Data, Microservice, RpcError, message};
+
+use super::calls::slow;
+use super::{Harness, Names, Stage, eventually, ok, small};
+
+fn quick() -> BackoffOptions {
+    BackoffOptions::between(Duration::from_millis(5), Duration::from_millis(50))
+}
+
+/// A call that was sent may have run: it ends as lost, at once.
+pub async fn a_cut_ends_calls_under_way_as_lost<H: Harness>(harness: H) {
+    let names = Names::new();
+    let running = Arc::new(AtomicUsize::new(0));
+    let run = Arc::clone(&running);
+    let stuck = message(names.of("stuck"), move || {
+        run.fetch_add(1, Ordering::SeqCst);
+        std::future::pending::<Result<(), RpcError>>()
+    });
+    let mut stage = Stage::new(harness, small().handlers(stuck)).await;
+    let calls = futures::future::join_all((0..20).map(|_| stage.client.send::<()>(names.of("stuck"), 1)));
+    let stream = stage.client.send::<()>(names.of("stuck"), 1).stream().collect_all();
+    let harness = &mut stage.harness;
+    let (results, streamed, ()) = futures::join!(calls, stream, async {
+        eventually("all are under way", || running.load(Ordering::SeqCst) == 21).await;
+        harness.cut();
+    });
+    for result in results {
+        assert!(matches!(result, Err(CallError::Lost { .. })), "{result:?}");
+    }
+    assert!(matches!(streamed, Err(CallError::Lost { .. })), "{streamed:?}");
+    assert_eq!(stage.client.occupied(), 0);
+    stage.client.close().await;
+    let report = stage.service.stop(Duration::from_millis(100)).await;
+    assert_eq!(report.lost() + report.handed_back() + report.abandoned().count() as u64, 21, "{report:?}");
+}
+
+/// With nobody to take it, a call ends as not sent: its handler has certainly not run.
+pub async fn a_refused_connection_ends_calls_as_not_sent<H: Harness>(harness: H) {
+    let names = Names::new();
+    let mut stage = Stage::with(
+        harness,
+        small().handlers(slow(names.of("slow"))),
+        |server| server.retry_delay = quick(),
+        |client| client.reconnect = false,
+    )
+    .await;
+    stage.harness.set_reachable(false);
+    let calls = (0..10).map(|_| stage.client.send::<u64>(names.of("slow"), 1));
+    for result in futures::future::join_all(calls).await {
+        let Err(error @ CallError::NotSent { .. }) = result else {
+            panic!("not sent expected, got {result:?}")
+        };
+        assert!(error.is_not_sent());
+    }
+    assert!(matches!(stage.client.emit(names.of("slow"), 1).await, Err(CallError::NotSent { .. })));
+    assert!(matches!(stage.client.connect().await, Err(CallError::NotSent { .. })));
+    assert_eq!(stage.client.status(), Some(ConnectionStatus::Disconnected));
+    stage.harness.set_reachable(true);
+    back(&stage, names).await;
+    stage.end().await;
+}
+
+/// Waits until calls are answered again.
+async fn back<H: Harness>(stage: &Stage<H>, names: Names) {
+    for _ in 0..1000 {
+        let call = stage.client.send::<u64>(names.of("slow"), 0).timeout(Duration::from_secs(1));
+        if call.await.is_ok() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("calls are answered again");
+}
+
+/// A call declared idempotent survives the cut of its line; one that is not ends.
+pub async fn an_idempotent_call_is_sent_again<H: Harness>(harness: H) {
+    let names = Names::new();
+    let running = Arc::new(AtomicUsize::new(0));
+    let run = Arc::clone(&running);
+    let third = message(names.of("third"), move |Data(number): Data<u64>| {
+        let before = run.fetch_add(1, Ordering::SeqCst);
+        async move {
+            if before < 2 {
+                std::future::pending::<()>().await;
+            }
+            ok(number)
+        }
+    });
+    let mut stage = Stage::with(
+        harness,
+        small().handlers(third),
+        |server| server.retry_delay = quick(),
+        |client| {
+            client.retry_attempts = 20;
+            client.retry_delay = quick();
+        },
+    )
+    .await;
+    let call = stage.client.send::<u64>(names.of("third"), 5).idempotent();
+    let (harness, server) = (&mut stage.harness, stage.service.servers().remove(0));
+    let cutting = async {
+        for cut in 1..=2 {
+            eventually("it is under way", || running.load(Ordering::SeqCst) >= cut).await;
+            harness.cut();
+            eventually("the server is back", || server.status() == Some(ConnectionStatus::Connected)).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    let result = tokio::select! {
+        result = call => result,
+        () = cutting => unreachable!("it cuts until the call has ended"),
+    };
+    match result {
+        Ok(reply) => assert_eq!(reply, 5),
+        // A broker that lost the server's subscription for a moment reports that nobody is there.
+        Err(CallError::NoHandler { .. }) if stage.harness.features().subscribes => {}
+        Err(other) => panic!("{other}"),
+    }
+    assert_eq!(stage.client.occupied(), 0);
+    stage.client.close().await;
+    stage.service.stop(Duration::from_millis(50)).await;
+}
+
+/// With `reconnect` the line is made anew at once, and the status stream tells every step.
+pub async fn a_client_reconnects_and_its_status_says_so<H: Harness>(harness: H) {
+    use ConnectionStatus::{Closed, Connected, Connecting, Reconnecting};
+    let names = Names::new();
+    let mut stage = Stage::with(
+        harness,
+        small().handlers(slow(names.of("slow"))),
+        |server| server.retry_delay = quick(),
+        |client| {
+            client.reconnect = true;
+            client.retry_attempts = 100;
+            client.retry_delay = quick();
+        },
+    )
+    .await;
+    let mut status = stage.client.status_stream();
+    stage.client.connect().await.unwrap();
+    assert_eq!(status.next().await, Some(Connecting));
+    assert_eq!(status.next().await, Some(Connected));
+    for _ in 0..3 {
+        stage.harness.cut();
+        assert_eq!(status.next().await, Some(Reconnecting));
+        assert_eq!(status.next().await, Some(Connected));
+        back(&stage, names).await;
+    }
+    stage.end().await;
+    assert_eq!(status.next().await, Some(Closed));
+}
+
+/// `retry_attempts`: a call waits for a server that is not there yet.
+pub async fn retries_reach_a_server_that_comes_late<H: Harness>(harness: H) {
+    let names = Names::new();
+    let mut stage = Stage::with(
+        harness,
+        small().handlers(slow(names.of("slow"))),
+        |server| server.retry_delay = quick(),
+        |client| {
+            client.retry_attempts = 100;
+            client.retry_delay = quick();
+        },
+    )
+    .await;
+    let broker = stage.harness.features().subscribes;
+    stage.harness.set_reachable(false);
+    let call = stage.client.send::<u64>(names.of("slow"), 1);
+    let harness = &mut stage.harness;
+    let (result, ()) = futures::join!(call, async {
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        harness.set_reachable(true);
+    });
+    match result {
+        Ok(reply) => assert_eq!(reply, 1),
+        Err(CallError::NoHandler { .. }) if broker => {}
+        Err(other) => panic!("{other}"),
+    }
+    back(&stage, names).await;
+    stage.end().await;
+}
+
+/// Cuts at random moments under load: each call has one outcome, no slot stays, the service serves on.
+pub async fn a_storm_of_cuts_gives_every_call_one_outcome<H: Harness>(harness: H) {
+    const CALLS: u64 = 3000;
+    let names = Names::new();
+    let ran = Arc::new(AtomicUsize::new(0));
+    let run = Arc::clone(&ran);
+    let echo = message(names.of("echo"), move |Data(number): Data<u64>| {
+        run.fetch_add(1, Ordering::Relaxed);
+        async move {
+            if number % 2 == 0 {
+                tokio::time::sleep(Duration::from_millis(number % 5)).await;
+            }
+            ok(number)
+        }
+    });
+    let service = Microservice::new().arbiters(2).handlers(echo).handlers(slow(names.of("slow")));
+    let mut stage = Stage::with(
+        harness,
+        service,
+        |server| server.retry_delay = quick(),
+        |client| {
+            client.reconnect = true;
+            client.retry_attempts = 3;
+            client.retry_delay = quick();
+            client.timeout = Some(Duration::from_secs(2));
+        },
+    )
+    .await;
+    let client = stage.client.clone();
+    let done = std::cell::Cell::new(false);
+    let calls = async {
+        let counts = stream::iter(0..CALLS)
+            .map(|number| {
+                let call = client.send::<u64>(names.of("echo"), number);
+                if number % 3 == 0 { call.idempotent() } else { call }
+            })
+            .buffer_unordered(50)
+            .fold((0u64, 0u64), |(answered, failed), result| async move {
+                // A moment now and then, so that the storm outlasts several cuts.
+                match result {
+                    Ok(_) => (answered + 1, failed),
+                    Err(
+                        CallError::Lost { .. }
+                        | CallError::NotSent { .. }
+                        | CallError::NoHandler { .. }
+                        | CallError::Timeout { .. },
+                    ) => (answered, failed + 1),
+                    Err(other) => panic!("unexpected outcome {other}"),
+                }
+            })
+            .await;
+        done.set(true);
+        counts
+    };
+    let harness = &mut stage.harness;
+    let ((answered, failed), cuts) = futures::join!(calls, async {
+        let mut cuts = 0;
+        while !done.get() {
+            tokio::time::sleep(Duration::from_millis(20 + cuts % 7)).await;
+            harness.cut();
+            cuts += 1;
+        }
+        cuts
+    });
+    assert_eq!(answered + failed, CALLS);
+    assert!(cuts > 0 && answered > 0, "{cuts} cuts, {answered} answered");
+    assert_eq!(stage.client.occupied(), 0);
+    back(&stage, names).await;
+    eventually("nothing runs any more", || stage.client.pending() == 0).await;
+    stage.end().await;
+}
+
+/// A handler's token tells when its caller's connection is cut.
+pub async fn a_cut_cancels_the_handlers_work<H: Harness>(harness: H) {
+    let names = Names::new();
+    let (told, mut tell) = tokio::sync::mpsc::unbounded_channel();
+    let group = message(names.of("works"), move |token: Cancellation| {
+        let told = told.clone();
+        async move {
+            told.send("begun").unwrap();
+            token.cancelled().await;
+            told.send("cancelled").unwrap();
+            ok(())
+        }
+    });
+    let mut stage = Stage::new(harness, small().handlers(group)).await;
+    let call = stage.client.send::<()>(names.of("works"), 1);
+    let harness = &mut stage.harness;
+    let (result, ()) = futures::join!(call, async {
+        assert_eq!(tell.recv().await, Some("begun"));
+        harness.cut();
+        assert_eq!(tell.recv().await, Some("cancelled"));
+    });
+    assert!(matches!(result, Err(CallError::Lost { .. })), "{result:?}");
+    stage.client.close().await;
+    stage.service.stop(Duration::from_millis(100)).await;
+}

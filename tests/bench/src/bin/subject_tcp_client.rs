@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Subject: Martlet's TCP client, one proxy per connection, all on one thread.
+
+use std::cell::Cell;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Instant;
+
+use clap::Parser;
+use martlet_bench::Result;
+use martlet_bench::options::Measure;
+use martlet_bench::report::Report;
+use martlet_bench::window::Window;
+use martlet_core::{ClientProxy, Pattern};
+use martlet_tcp::TcpClient;
+use tokio::task::JoinSet;
+
+/// Call sums over TCP with Martlet.
+#[derive(Parser)]
+struct Options {
+    /// The server.
+    #[arg(long, value_name = "HOST:PORT")]
+    addr: SocketAddr,
+    /// Connections to open.
+    #[arg(long, default_value_t = 10)]
+    connections: usize,
+    /// Requests in flight on each.
+    #[arg(long, default_value_t = 32)]
+    depth: usize,
+    #[command(flatten)]
+    measure: Measure,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    actix_rt::System::new().block_on(run(options))
+}
+
+async fn run(options: Options) -> Result<()> {
+    let Options { addr, connections, depth, measure } = options;
+    let window = Rc::new(measure.window());
+    let pattern = Pattern::from_json(&serde_json::json!({ "cmd": "sum" }))?;
+    let mut tasks = JoinSet::new();
+    for _ in 0..connections {
+        let client = TcpClient::connect_to(addr.ip().to_string(), addr.port());
+        client.connect().await?;
+        let next = Rc::new(Cell::new(0i64));
+        for _ in 0..depth {
+            tasks.spawn_local(call(client.clone(), pattern.clone(), Rc::clone(&next), window.clone()));
+        }
+    }
+    let load = async {
+        while let Some(ended) = tasks.join_next().await {
+            ended??;
+        }
+        Ok(())
+    };
+    let report = window.measure(measure.warmup(), load).await?;
+    measure.print(&Report { target: format!("tcp://{addr}"), connections, depth, ..report })
+}
+
+async fn call(client: ClientProxy, pattern: Pattern, next: Rc<Cell<i64>>, window: Rc<Window>) -> Result<()> {
+    while window.is_sending() {
+        let turn = next.replace(next.get() + 1);
+        let data = [turn % 90 + 10, 2, 3, 4, 5];
+        let begun = Instant::now();
+        let sum: i64 = client.send(pattern.clone(), data).await?;
+        if sum != data.iter().sum::<i64>() {
+            return Err("wrong sum".into());
+        }
+        window.count(begun.elapsed())?;
+    }
+    Ok(())
+}

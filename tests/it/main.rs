@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! End to end through the facade.
+#![allow(clippy::unwrap_used)]
+
+#[cfg(all(feature = "cli", feature = "tcp"))]
+mod cli;
+mod config;
+mod url;
