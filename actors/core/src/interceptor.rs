@@ -49,7 +49,8 @@ pub trait Interceptor: Send + Sync + 'static {
     fn intercept<'a>(&'a self, request: Request, next: Next<'a>) -> LocalBoxFuture<'a, HandlerResult>;
 }
 
-/// What lies further in: more interceptors, then the handler.
+/// What lies further in: more interceptors, then the handler. A copy can be run again.
+#[derive(Clone, Copy)]
 pub struct Next<'a> {
     /// The server's, the service's, the group's and handler's.
     scopes: [&'a [Arc<dyn Interceptor>]; 3],

@@ -28,6 +28,8 @@ pub mod server;
 mod session;
 pub mod status;
 pub mod supervise;
+#[cfg(feature = "tower")]
+pub mod tower;
 pub mod trace;
 pub mod transport;
 

@@ -11,3 +11,5 @@ mod packets;
 mod patterns;
 mod supervision;
 mod support;
+#[cfg(feature = "tower")]
+mod tower;
