@@ -375,8 +375,15 @@ impl RemoteError {
 
     /// The same error as a handler's failure, so that it can be passed on unchanged.
     pub fn into_rpc_error(self) -> RpcError {
-        match self.payload.to_value() {
-            Ok(value) => RpcError::json(value),
+        match self.payload.transcode(Format::Json) {
+            // As it came: a generic value would sort its members.
+            Ok(payload) if matches!(payload.bytes().first(), Some(b'{' | b'[')) => {
+                RpcError { body: ErrorBody::Json(payload), source: None }
+            }
+            Ok(payload) => match payload.to_value() {
+                Ok(value) => RpcError::json(value),
+                Err(error) => RpcError::unexpected(error),
+            },
             Err(error) => RpcError::unexpected(error),
         }
     }
@@ -569,4 +576,21 @@ pub enum StartError {
         /// The panic's text.
         cause: String,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_remote_error_is_passed_on_as_it_came() {
+        for (came, goes) in [
+            (r#"{"b":1,"a":{"d":1,"c":2}}"#, r#"{"b":1,"a":{"d":1,"c":2}}"#),
+            (r#"["b","a"]"#, r#"["b","a"]"#),
+            (r#""text""#, r#"{"status":"error","message":"text"}"#),
+        ] {
+            let remote = RemoteError::new(Payload::new(Format::Json, came.into()));
+            assert_eq!(remote.into_rpc_error().to_json(), goes);
+        }
+    }
 }

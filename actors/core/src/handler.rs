@@ -130,8 +130,8 @@ pub struct HandlerSupervision {
     /// Requests that wait for a free place of [`HandlerInfo::concurrency`], per handler and replica.
     /// Default 1024; more are answered with an overload error.
     pub max_waiting: usize,
-    /// Messages in the replica's mailbox, each of which holds what one turn of a session read. Default
-    /// 65,536; more are answered with an overload error.
+    /// Requests that may wait in the replica's mailbox, for each session that sends there. Default 65,536;
+    /// further ones are answered with an overload error.
     pub mailbox_capacity: usize,
 }
 
@@ -144,6 +144,21 @@ impl Default for HandlerSupervision {
             max_waiting: 1024,
             mailbox_capacity: 65_536,
         }
+    }
+}
+
+/// How many requests a session sends to a replica as one message.
+const MAX_BATCH: usize = 32;
+
+impl HandlerSupervision {
+    /// How many requests one message to the replica holds at the most.
+    pub(crate) fn batch_size(&self) -> usize {
+        self.mailbox_capacity.clamp(1, MAX_BATCH)
+    }
+
+    /// How many such messages its mailbox holds.
+    fn mailbox_batches(&self) -> usize {
+        (self.mailbox_capacity / self.batch_size()).max(1)
     }
 }
 
@@ -788,7 +803,7 @@ impl Actor for HandlerActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
-        ctx.set_mailbox_capacity(self.replica.supervision.mailbox_capacity);
+        ctx.set_mailbox_capacity(self.replica.supervision.mailbox_batches());
     }
 }
 

@@ -307,8 +307,12 @@ async fn build_groups(
             };
             let place = child.child(name, "handlers");
             children.push(place.clone());
-            let context =
-                ReplicaContext { arbiter, child: place.clone(), events: events.clone(), escalate: escalate.clone() };
+            let context = ReplicaContext {
+                arbiter,
+                child: place.clone(),
+                events: events.clone(),
+                escalate: escalate.clone(),
+            };
             let stats: Vec<Arc<HandlerStats>> = group.handlers.iter().map(|_| Arc::default()).collect();
             replica_stats.push(stats.clone());
             let watched = stats.clone();
@@ -329,8 +333,11 @@ async fn build_groups(
                 Err(_) => return Err(panicked(format!("it took longer than {BUILD_TIMEOUT:?}"))),
             });
         }
-        let replicas =
-            Arc::new(Replicas { recipients, mailbox_capacity: group.supervision.mailbox_capacity });
+        let replicas = Arc::new(Replicas {
+            recipients,
+            mailbox_capacity: group.supervision.mailbox_capacity,
+            batch_size: group.supervision.batch_size(),
+        });
         for (endpoint, (info, _)) in group.handlers.iter().enumerate() {
             handlers.push(Arc::new(HandlerRef {
                 info: info.clone(),

@@ -93,6 +93,8 @@ pub(crate) struct Replicas {
     /// One per arbiter, or a single one.
     pub(crate) recipients: Vec<Recipient<InvokeBatch>>,
     pub(crate) mailbox_capacity: usize,
+    /// Requests per message.
+    pub(crate) batch_size: usize,
 }
 
 /// A registered handler, as routes refer to it.

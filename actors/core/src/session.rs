@@ -49,11 +49,19 @@ pub(crate) struct SessionLimits {
     pub high_water_bytes: usize,
     /// How long to wait for the peer to close after everything was written. Default 1 s.
     pub linger: Duration,
+    /// How long the requests of a peer that has closed its side may still take; NestJS drops them at once.
+    /// Default 1 s: a NestJS client that closes waits for the other side to close, too.
+    pub half_close: Duration,
 }
 
 impl Default for SessionLimits {
     fn default() -> Self {
-        Self { max_in_flight: 1024, high_water_bytes: 256 * 1024, linger: Duration::from_secs(1) }
+        Self {
+            max_in_flight: 1024,
+            high_water_bytes: 256 * 1024,
+            linger: Duration::from_secs(1),
+            half_close: Duration::from_secs(1),
+        }
     }
 }
 
@@ -310,6 +318,8 @@ struct Loop<S: Session> {
     table_changed: Option<TableChange>,
     reading: bool,
     draining: bool,
+    /// Runs once the peer has closed its side.
+    half_closed: Option<Pin<Box<tokio::time::Sleep>>>,
     reported_full: bool,
     handed_back: u64,
     /// What this turn has read for one replica, not yet sent there.
@@ -361,6 +371,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         table_changed,
         reading: true,
         draining: false,
+        half_closed: None,
         reported_full: false,
         handed_back: 0,
         invokes: None,
@@ -488,8 +499,10 @@ impl<S: Session> Loop<S> {
             cx.waker().wake_by_ref();
         }
         if self.reading && self.read(cx)?.is_ready() && !self.draining {
-            // The peer closed its side: nothing can be asked any more, what was asked is answered.
+            // The peer closed its side: nothing can be asked any more, what was asked is answered, unless it
+            // has no end.
             self.draining = true;
+            self.half_closed = Some(Box::pin(tokio::time::sleep(self.env.limits.half_close)));
         }
         // A reader that is held back by a bound, or whose drain does not end, is not waited for for ever.
         let abandon = self.env.control.abandon.load(Ordering::Acquire);
@@ -517,6 +530,9 @@ impl<S: Session> Loop<S> {
         let idle = self.in_flight() == 0 && calls_done;
         if (idle || abandon) && self.shared.inner.lock().out.is_empty() && (flushed || abandon) {
             return self.writer.poll_close(cx);
+        }
+        if self.half_closed.as_mut().is_some_and(|limit| limit.as_mut().poll(cx).is_ready()) {
+            return Poll::Ready(Err(SessionError::lost("the peer closed its side")));
         }
         Poll::Pending
     }
@@ -810,7 +826,12 @@ impl<S: Session> Loop<S> {
     fn invoke(&mut self, handler: &Arc<HandlerRef>, request: Request, responder: Responder) {
         let invoke = Invoke { endpoint: handler.endpoint, request, responder };
         match &mut self.invokes {
-            Some((same, batch)) if Arc::ptr_eq(&same.replicas, &handler.replicas) => batch.push(invoke),
+            Some((same, batch))
+                if Arc::ptr_eq(&same.replicas, &handler.replicas)
+                    && batch.len() < handler.replicas.batch_size =>
+            {
+                batch.push(invoke);
+            }
             _ => {
                 self.send_invokes();
                 let mut batch = Vec::with_capacity(8);

@@ -44,6 +44,8 @@ const HELLO: &str = "martlet";
 const SMALL_READ: usize = 4 * 1024;
 /// The largest read.
 const LARGE_READ: usize = 64 * 1024;
+/// What a draining connection still takes in: a peer that sends without a pause does not keep it open.
+const DRAIN_INTAKE: usize = 256 * 1024;
 
 /// A handler's view of the connection that its request came by.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -194,7 +196,7 @@ impl Session for TcpSession {
             chunk: SMALL_READ,
             silence: None,
             ended: false,
-            draining: false,
+            draining: None,
         };
         let writer = TcpWriter {
             io: self.io,
@@ -227,7 +229,8 @@ pub struct TcpReader {
     /// Runs while a frame is incomplete.
     silence: Option<Pin<Box<Sleep>>>,
     ended: bool,
-    draining: bool,
+    /// While draining: how many bytes more are taken in.
+    draining: Option<usize>,
 }
 
 impl std::fmt::Debug for TcpReader {
@@ -253,6 +256,10 @@ impl SessionReader<()> for TcpReader {
                     Err(error) => return self.fault(self.frame_fault(&error)),
                 }
             }
+            if self.draining == Some(0) {
+                self.ended = true;
+                continue;
+            }
             match self.fill(cx) {
                 Poll::Ready(Ok(true)) => {}
                 // TCP-18: the peer closed. A part of a frame cannot be completed any more.
@@ -262,14 +269,14 @@ impl SessionReader<()> for TcpReader {
                     return Poll::Ready(Some(Err(SessionError::from(error))));
                 }
                 // TCP-19.
-                Poll::Pending if self.draining => self.ended = true,
+                Poll::Pending if self.draining.is_some() => self.ended = true,
                 Poll::Pending => return self.wait(cx),
             }
         }
     }
 
     fn drain(&mut self) {
-        self.draining = true;
+        self.draining.get_or_insert(DRAIN_INTAKE);
     }
 
     fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
@@ -299,6 +306,9 @@ impl TcpReader {
         }
         if read >= self.chunk {
             self.chunk = (self.chunk * 2).min(LARGE_READ);
+        }
+        if let Some(left) = &mut self.draining {
+            *left = left.saturating_sub(read);
         }
         if self.silence.is_some() {
             // TCP-8: NestJS's timer restarts with every read.

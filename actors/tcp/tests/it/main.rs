@@ -3,4 +3,9 @@
 //! Integration tests of `martlet-tcp`.
 #![allow(clippy::unwrap_used)]
 
+mod connections;
 mod frames;
+mod hostile;
+mod limits;
+mod support;
+mod tls;
