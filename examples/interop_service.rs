@@ -343,6 +343,8 @@ async fn serve(Arguments { name, transports }: Arguments) -> Result<(), (u8, Str
         service = service.server(transport.clone().into_server().map_err(|error| (2, error.to_string()))?);
     }
     let service = service.start().await.map_err(|error| (1, error.to_string()))?;
+    // Whoever reads "ready" may send a signal at once.
+    let shutdown = shutdown_signal();
     for (server, transport) in service.servers().iter().zip(transports) {
         let url = server.url();
         // A port 0 has become a real one. The service calls itself without the options of servers.
@@ -351,7 +353,7 @@ async fn serve(Arguments { name, transports }: Arguments) -> Result<(), (u8, Str
         }
         println!("ready {url}");
     }
-    service.run_until(shutdown_signal()).await.map_err(|error| (1, error.to_string()))?;
+    service.run_until(shutdown).await.map_err(|error| (1, error.to_string()))?;
     Ok(())
 }
 

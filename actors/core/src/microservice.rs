@@ -239,33 +239,48 @@ impl Microservice {
     }
 }
 
-/// Waits for SIGINT or SIGTERM and gives its name.
-pub async fn shutdown_signal() -> &'static str {
+/// Waits for SIGINT or SIGTERM and gives its name. From this call on, not only from its first poll, they do
+/// not end the process: call it before you say that the service is ready.
+///
+/// # Panics
+///
+/// Outside of an actix system.
+pub fn shutdown_signal() -> impl Future<Output = &'static str> {
     #[cfg(unix)]
     {
         use tokio::signal::unix::{SignalKind, signal};
-        match signal(SignalKind::terminate()) {
-            Ok(mut terminate) => {
-                tokio::select! {
-                    _ = tokio::signal::ctrl_c() => "SIGINT",
-                    _ = terminate.recv() => "SIGTERM",
-                }
-            }
+        let listen = |kind, name: &'static str| match signal(kind) {
+            Ok(signal) => Some(signal),
             Err(error) => {
-                tracing::warn!(target: "martlet", %error, "cannot listen for SIGTERM");
-                interrupt().await
+                tracing::warn!(target: "martlet", %error, "cannot listen for {name}");
+                None
+            }
+        };
+        let interrupt = listen(SignalKind::interrupt(), "SIGINT");
+        let terminate = listen(SignalKind::terminate(), "SIGTERM");
+        async move {
+            let wait = async |signal: Option<tokio::signal::unix::Signal>| {
+                let received = match signal {
+                    Some(mut signal) => signal.recv().await,
+                    None => None,
+                };
+                if received.is_none() {
+                    std::future::pending().await
+                }
+            };
+            tokio::select! {
+                () = wait(interrupt) => "SIGINT",
+                () = wait(terminate) => "SIGTERM",
             }
         }
     }
     #[cfg(not(unix))]
-    interrupt().await
-}
-
-async fn interrupt() -> &'static str {
-    if tokio::signal::ctrl_c().await.is_err() {
-        std::future::pending::<()>().await;
+    async {
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        "SIGINT"
     }
-    "SIGINT"
 }
 
 /// Why the service must stop, if a supervisor said so.
