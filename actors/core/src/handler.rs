@@ -6,7 +6,7 @@
 //!                    └─ endpoints, built by the group's factory
 //! ```
 //!
-//! A session sends [`Invoke`] to the replica on its own arbiter. The handler's future is polled once in
+//! A session sends its requests, in batches, to the replica on its own arbiter. The handler's future is polled once in
 //! place, inside the panic boundary; only one that is not ready becomes a task of its own. A panic answers
 //! the request with an error and rebuilds the replica from its factory.
 
