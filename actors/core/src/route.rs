@@ -11,9 +11,9 @@ use actix::Recipient;
 use hashbrown::HashMap;
 use serde::Serialize;
 
-use crate::handler::InvokeBatch;
 use crate::pattern::{Pattern, Route, route_of_incoming};
 use crate::payload::Format;
+use crate::replica::InvokeBatch;
 use crate::transport::{Subscription, TransportId};
 
 /// Whether a handler answers.

@@ -25,13 +25,13 @@ use tokio::time::Instant;
 use crate::correlation::ClientCore;
 use crate::error::SessionError;
 use crate::events::{EventBus, ServiceEvent};
-use crate::handler::{Invoke, InvokeBatch, overloaded};
-use crate::headers::Headers;
+use crate::in_flight::{Inner, Shared, SlotRoute};
 use crate::packet::{Raw, ResponseBody};
 use crate::pattern::Route;
 use crate::payload::Format;
+use crate::replica::{Invoke, InvokeBatch, overloaded};
 use crate::request::{MessageKind, Parts, Request, Scope, ServerScope, TIMEOUT_KEY};
-use crate::responder::{Cancellation, ChainSink, Gone, ReplySink, Responder, SlotKey};
+use crate::responder::{ChainSink, ReplySink, Responder};
 use crate::route::{Counter, HandlerRef, RouteTable};
 use crate::transport::{
     Delivery, Inbound, Outbound, PatternKey, Session, SessionReader, SessionWriter, Settlement,
@@ -68,9 +68,6 @@ impl Default for SessionLimits {
 /// How many arrivals one turn of a session takes before it lets others run.
 const READ_BUDGET: usize = 256;
 
-/// How many packets may wait in the out-queue before streams wait.
-const MAX_QUEUED_PACKETS: usize = 1024;
-
 /// The handle by which a session's owner steers it, and by which whoever has something for it wakes it.
 #[derive(Debug, Default)]
 pub(crate) struct SessionControl {
@@ -78,7 +75,7 @@ pub(crate) struct SessionControl {
     drain: AtomicBool,
     abandon: AtomicBool,
     admitted: Counter,
-    answered: AtomicU64,
+    pub(crate) answered: AtomicU64,
 }
 
 impl SessionControl {
@@ -154,151 +151,6 @@ pub(crate) struct SessionEnv {
     pub(crate) control: Arc<SessionControl>,
     pub(crate) server: Option<ServerEnv>,
     pub(crate) client: Option<Arc<ClientCore>>,
-}
-
-// === what a session shares with the responders of its requests ===
-
-struct Shared<R> {
-    control: Arc<SessionControl>,
-    settles: bool,
-    inner: Mutex<Inner<R>>,
-}
-
-struct Inner<R> {
-    slots: Slab<Slot<R>>,
-    generation: u32,
-    out: Vec<Outbound<R>>,
-    congested: bool,
-    waiting: Vec<Waker>,
-    closed: bool,
-}
-
-struct Slot<R> {
-    generation: u32,
-    kind: MessageKind,
-    reply_to: R,
-    id: Raw,
-    route: SlotRoute,
-    /// Handlers that have not ended; more than one for a chain of event handlers.
-    remaining: u32,
-    failed: bool,
-    cancelled: bool,
-    tasks: Vec<AbortHandle>,
-    cancellation: Option<Cancellation>,
-}
-
-/// What a slot serves: a place in the session's table, or by name once that table was replaced.
-enum SlotRoute {
-    At(u32),
-    Named(Option<Route>),
-}
-
-impl<R: Clone + Send + 'static> Shared<R> {
-    fn admit(&self, kind: MessageKind, reply_to: R, id: Raw, route: u32, handlers: u32) -> SlotKey {
-        let mut inner = self.inner.lock();
-        inner.generation = inner.generation.wrapping_add(1);
-        let generation = inner.generation;
-        let index = inner.slots.insert(Slot {
-            generation,
-            kind,
-            reply_to,
-            id,
-            route: SlotRoute::At(route),
-            remaining: handlers,
-            failed: false,
-            cancelled: false,
-            tasks: Vec::new(),
-            cancellation: None,
-        });
-        SlotKey { index: index as u32, generation }
-    }
-}
-
-impl<R> Inner<R> {
-    fn slot(&mut self, key: SlotKey) -> Option<&mut Slot<R>> {
-        self.slots.get_mut(key.index as usize).filter(|slot| slot.generation == key.generation)
-    }
-
-    /// Whether a slot's caller still waits.
-    fn live(&mut self, key: SlotKey) -> bool {
-        !self.closed && self.slot(key).is_some_and(|slot| !slot.cancelled)
-    }
-}
-
-impl<R: Clone + Send + 'static> ReplySink for Shared<R> {
-    fn push(&self, key: SlotKey, body: ResponseBody, headers: Option<Headers>, failed: bool) {
-        let mut inner = self.inner.lock();
-        let was_empty = inner.out.is_empty();
-        let closed = inner.closed;
-        let Some(slot) = inner.slot(key) else { return };
-        slot.failed |= failed;
-        let speak = slot.kind == MessageKind::Request && !slot.cancelled && !closed;
-        if let ResponseBody::Item(_) = body {
-            if speak {
-                let (reply_to, id) = (slot.reply_to.clone(), slot.id.clone());
-                inner.out.push(Outbound::Response { reply_to, id, body, headers });
-            }
-        } else {
-            slot.remaining -= 1;
-            if slot.remaining > 0 {
-                return;
-            }
-            let slot = inner.slots.remove(key.index as usize);
-            self.control.answered.fetch_add(1, Ordering::Relaxed);
-            let settle = (self.settles && !closed).then(|| Outbound::Settle {
-                delivery: slot.reply_to.clone(),
-                settlement: if slot.failed { Settlement::Failed } else { Settlement::Done },
-            });
-            if speak {
-                inner.out.push(Outbound::Response { reply_to: slot.reply_to, id: slot.id, body, headers });
-            }
-            inner.out.extend(settle);
-        }
-        drop(inner);
-        if was_empty {
-            self.control.wake();
-        }
-    }
-
-    fn poll_ready(&self, key: SlotKey, cx: &mut Context<'_>) -> Poll<Result<(), Gone>> {
-        let mut inner = self.inner.lock();
-        if !inner.live(key) {
-            return Poll::Ready(Err(Gone));
-        }
-        if inner.congested || inner.out.len() >= MAX_QUEUED_PACKETS {
-            if !inner.waiting.iter().any(|waker| waker.will_wake(cx.waker())) {
-                inner.waiting.push(cx.waker().clone());
-            }
-            return Poll::Pending;
-        }
-        Poll::Ready(Ok(()))
-    }
-
-    fn attach(&self, key: SlotKey, task: AbortHandle) {
-        let mut inner = self.inner.lock();
-        match inner.slot(key) {
-            Some(slot) if slot.cancelled => task.abort(),
-            Some(slot) => slot.tasks.push(task),
-            None => {}
-        }
-    }
-
-    fn cancellation(&self, key: SlotKey) -> Cancellation {
-        let mut inner = self.inner.lock();
-        let live = inner.live(key);
-        match inner.slot(key) {
-            Some(slot) if live => slot.cancellation.get_or_insert_default().clone(),
-            _ => {
-                let gone = Cancellation::default();
-                gone.cancel();
-                gone
-            }
-        }
-    }
-
-    fn is_gone(&self, key: SlotKey) -> bool {
-        !self.inner.lock().live(key)
-    }
 }
 
 // === the task ===
@@ -420,39 +272,6 @@ impl<R: Clone + Send + 'static> Drop for CloseGuard<R> {
         if let Some(client) = &self.1 {
             client.session_ended(&SessionError::lost("the session was dropped"));
         }
-    }
-}
-
-impl<R: Clone + Send + 'static> Shared<R> {
-    /// No reply can leave any more: tells everyone who works for this session.
-    fn close(&self, transport: &TransportInfo, table: &RouteTable, why: &str) -> Vec<Abandoned> {
-        let mut inner = self.inner.lock();
-        if std::mem::replace(&mut inner.closed, true) {
-            return Vec::new();
-        }
-        inner.out.clear();
-        let waiting = std::mem::take(&mut inner.waiting);
-        let mut cancellations = Vec::new();
-        let mut abandoned = Vec::new();
-        for (_, slot) in &inner.slots {
-            cancellations.extend(slot.cancellation.clone());
-            let route = match &slot.route {
-                SlotRoute::At(index) => table.route_at(*index),
-                SlotRoute::Named(route) => route.as_ref(),
-            };
-            if !slot.cancelled {
-                abandoned.push(Abandoned {
-                    transport: transport.name.to_string(),
-                    route: route.map(Route::to_string).unwrap_or_default(),
-                    request: slot.kind == MessageKind::Request,
-                    why: why.to_owned(),
-                });
-            }
-        }
-        drop(inner);
-        waiting.into_iter().for_each(Waker::wake);
-        cancellations.iter().for_each(Cancellation::cancel);
-        abandoned
     }
 }
 

@@ -134,17 +134,8 @@ struct Extensions {
     /// Server: the peer speaks Martlet's extensions and has not been answered yet.
     greet: Cell<bool>,
     greeted: Cell<bool>,
-    /// Client: the peer understands cancellation and deadlines.
+    /// Client: the peer understands cancellation.
     peer_cancels: Cell<bool>,
-    /// Client: the peer has answered something.
-    peer_answered: Cell<bool>,
-}
-
-impl Extensions {
-    /// Whether the peer understands Martlet's extensions, or has not shown yet that it does not.
-    fn peer_may_listen(&self) -> bool {
-        self.peer_cancels.get() || !self.peer_answered.get()
-    }
 }
 
 impl TcpSession {
@@ -368,7 +359,6 @@ impl TcpReader {
                     self.extensions.peer_cancels.set(true);
                     return Ok(None);
                 }
-                self.extensions.peer_answered.set(true);
                 Ok(Some(Inbound::Response(packet)))
             }
         }
@@ -479,9 +469,9 @@ impl TcpWriter {
 
     fn message(&mut self, mut message: OutboundMessage) -> Result<(), WriteError> {
         // TCP-26.
-        if message.id.is_some() && self.extensions.peer_may_listen() {
-            // A peer that turned out to be NestJS is not told what it does not read.
+        if message.id.is_some() {
             message.put_timeout();
+            // TCP-26: looks for a Martlet peer, once.
             if !std::mem::replace(&mut self.announced, true) {
                 message.metadata.insert(PEER_KEY, "1");
             }

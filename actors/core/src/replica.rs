@@ -1,0 +1,581 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The routed actor: one replica of a group of handlers, on its arbiter.
+//!
+//! It runs each request inside the panic boundary, in place if it is ready at once, else as a task of its
+//! own; it counts, bounds concurrency, remembers poisonous messages, and is rebuilt from its factory after
+//! a panic.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::future::Future;
+use std::hash::{BuildHasher, Hasher};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll};
+use std::time::Duration;
+
+use actix::{Actor, Context, Handler, Message};
+use futures::FutureExt;
+use futures::StreamExt;
+use futures::future::LocalBoxFuture;
+use futures::stream::LocalBoxStream;
+use hashbrown::HashMap;
+use tokio::time::Instant;
+
+use crate::error::RpcError;
+use crate::events::ServiceEvent;
+use crate::handler::{Endpoint, EndpointFactory, HandlerGroup, HandlerSupervision, Outcome, ReplicaContext};
+use crate::interceptor::{Interceptor, Next};
+use crate::pattern::Route;
+use crate::payload::Payload;
+use crate::reply::{HandlerResult, Reply};
+use crate::request::Request;
+use crate::responder::Responder;
+use crate::route::HandlerStats;
+use crate::supervise::{ChildState, Escalation, RestartWindow, panic_text};
+use crate::trace::Ambient;
+
+/// Requests for the handlers of one replica: what one turn of a session read for it, in order.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub(crate) struct InvokeBatch(pub(crate) Vec<Invoke>);
+
+/// A request for a handler, with the duty to end it.
+pub(crate) struct Invoke {
+    pub(crate) endpoint: u32,
+    pub(crate) request: Request,
+    pub(crate) responder: Responder,
+}
+
+/// Runs the endpoints of one replica.
+pub(crate) struct HandlerActor {
+    replica: Rc<Replica>,
+}
+
+struct Replica {
+    factory: EndpointFactory,
+    context: ReplicaContext,
+    endpoints: RefCell<Rc<Vec<Box<dyn Endpoint>>>>,
+    handlers: Vec<HandlerState>,
+    supervision: HandlerSupervision,
+    window: RefCell<Option<RestartWindow>>,
+    gave_up: RefCell<Option<String>>,
+    poison: RefCell<HashMap<u64, u32>>,
+    hasher: hashbrown::DefaultHashBuilder,
+}
+
+struct HandlerState {
+    route: Route,
+    stats: Arc<HandlerStats>,
+    concurrency: Option<usize>,
+    running: Cell<usize>,
+    waiting: RefCell<VecDeque<Invoke>>,
+}
+
+/// How many distinct poisonous messages one replica remembers; the memory is cleared when it is full.
+const MAX_POISON: usize = 4096;
+
+/// The request's end, as counted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    Well,
+    Failed,
+    Panicked,
+}
+
+impl HandlerActor {
+    /// Builds the replica. Fails with the panic's text when its factory panics.
+    pub(crate) fn build(
+        group: &HandlerGroup,
+        stats: &[Arc<HandlerStats>],
+        context: ReplicaContext,
+        global: &Arc<[Arc<dyn Interceptor>]>,
+    ) -> Result<Self, String> {
+        let factory = with_interceptors(group, global);
+        let endpoints =
+            catch_unwind(AssertUnwindSafe(|| factory(&context))).map_err(panic_text).and_then(|built| {
+                if built.len() == group.handlers.len() {
+                    Ok(built)
+                } else {
+                    Err(format!(
+                        "the factory built {} endpoints for {} handlers",
+                        built.len(),
+                        group.handlers.len()
+                    ))
+                }
+            })?;
+        let handlers = group
+            .handlers
+            .iter()
+            .zip(stats)
+            .map(|((info, _), stats)| HandlerState {
+                route: info.pattern.route().clone(),
+                stats: Arc::clone(stats),
+                concurrency: info.concurrency,
+                running: Cell::new(0),
+                waiting: RefCell::default(),
+            })
+            .collect();
+        Ok(Self {
+            replica: Rc::new(Replica {
+                factory,
+                context,
+                endpoints: RefCell::new(Rc::new(endpoints)),
+                handlers,
+                supervision: group.supervision,
+                window: RefCell::new(group.supervision.intensity.map(RestartWindow::new)),
+                gave_up: RefCell::default(),
+                poison: RefCell::default(),
+                hasher: hashbrown::DefaultHashBuilder::default(),
+            }),
+        })
+    }
+}
+
+/// The group's factory, with the interceptors put around each endpoint.
+fn with_interceptors(group: &HandlerGroup, global: &Arc<[Arc<dyn Interceptor>]>) -> EndpointFactory {
+    let chains: Vec<Arc<[Arc<dyn Interceptor>]>> = group
+        .handlers
+        .iter()
+        .map(|(_, own)| group.interceptors.iter().chain(own).cloned().collect())
+        .collect();
+    let global = Arc::clone(global);
+    let inner = Arc::clone(&group.factory);
+    Arc::new(move |context| {
+        inner(context)
+            .into_iter()
+            .zip(&chains)
+            .map(|(endpoint, chain)| {
+                let (endpoint, chain, global) = (Rc::new(endpoint), Arc::clone(chain), Arc::clone(&global));
+                Box::new(move |request: Request| {
+                    let inherits = request.0.scope.server.inherit && !global.is_empty();
+                    if !inherits && chain.is_empty() && request.0.scope.server.interceptors.is_empty() {
+                        return endpoint.call(request);
+                    }
+                    let (endpoint, chain, global) =
+                        (Rc::clone(&endpoint), Arc::clone(&chain), Arc::clone(&global));
+                    Outcome::future(async move {
+                        let scope = Arc::clone(&request.0.scope.server);
+                        let inherited: &[_] = if scope.inherit { &global } else { &[] };
+                        Next::new([&scope.interceptors, inherited, &chain], &**endpoint).run(request).await
+                    })
+                }) as Box<dyn Endpoint>
+            })
+            .collect()
+    })
+}
+
+impl Actor for HandlerActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        ctx.set_mailbox_capacity(self.replica.supervision.mailbox_batches());
+    }
+}
+
+impl Handler<InvokeBatch> for HandlerActor {
+    type Result = ();
+
+    fn handle(&mut self, InvokeBatch(batch): InvokeBatch, _ctx: &mut Self::Context) {
+        for invoke in batch {
+            self.replica.accept(invoke);
+        }
+    }
+}
+
+impl Replica {
+    fn accept(self: &Rc<Self>, invoke: Invoke) {
+        let Some(handler) = self.handlers.get(invoke.endpoint as usize) else { return };
+        if let Some(max) = handler.concurrency
+            && handler.running.get() >= max
+        {
+            let mut waiting = handler.waiting.borrow_mut();
+            if waiting.len() < self.supervision.max_waiting {
+                waiting.push_back(invoke);
+            } else {
+                drop(waiting);
+                self.context.events.emit(ServiceEvent::BoundHit {
+                    place: Arc::from(handler.route.as_ref()),
+                    bound: "max_waiting",
+                    limit: self.supervision.max_waiting as u64,
+                    action: "the request was answered with an overload error",
+                });
+                invoke.responder.fail(&overloaded());
+            }
+            return;
+        }
+        self.start(invoke);
+    }
+
+    fn start(self: &Rc<Self>, invoke: Invoke) {
+        let Invoke { endpoint: index, request, responder } = invoke;
+        let handler = &self.handlers[index as usize];
+        if let Some(cause) = &*self.gave_up.borrow() {
+            responder.fail(&RpcError::unexpected(format!("handler {} gave up: {cause}", handler.route)));
+            return;
+        }
+        if let Some(deadline) = request.0.deadline
+            && Instant::now() >= deadline
+        {
+            // Its caller has stopped waiting: running it would be work for nobody.
+            responder.fail(&deadline_exceeded());
+            return;
+        }
+        if !self.poison.borrow().is_empty()
+            && let Some(kills) = self.kills(&handler.route, request.0.data.as_ref())
+        {
+            self.context.events.emit(ServiceEvent::PoisonRefused { route: handler.route.clone(), kills });
+            responder.fail(&poisoned(kills));
+            return;
+        }
+        handler.stats.in_flight.add(1);
+        handler.running.set(handler.running.get() + 1);
+        let data = request.0.data.as_ref().filter(|_| self.supervision.poison_after > 0).cloned();
+        let deadline = request.0.deadline;
+        let ambient = request.0.metadata.is_some().then(|| Ambient { trace: request.trace(), deadline });
+        let endpoints = Rc::clone(&self.endpoints.borrow());
+        let enter = |work: &mut dyn FnMut() -> Poll<HandlerResult>| match &ambient {
+            Some(ambient) => ambient.enter(work),
+            None => work(),
+        };
+
+        let mut request = Some(request);
+        let mut future = None;
+        let first = catch_unwind(AssertUnwindSafe(|| {
+            enter(&mut || {
+                let Some(request) = request.take() else { return Poll::Pending };
+                match endpoints[index as usize].call(request) {
+                    Outcome::Ready(result) => Poll::Ready(result),
+                    Outcome::Future(mut made) => {
+                        let mut cx = TaskContext::from_waker(std::task::Waker::noop());
+                        match made.as_mut().poll(&mut cx) {
+                            Poll::Ready(result) => Poll::Ready(result),
+                            Poll::Pending => {
+                                future = Some(made);
+                                Poll::Pending
+                            }
+                        }
+                    }
+                }
+            })
+        }));
+        drop(endpoints);
+        match first {
+            Err(panic) => {
+                responder_fail(responder);
+                self.panicked(index, data.as_ref(), panic_text(panic));
+                self.finished(index, Ended::Panicked);
+            }
+            Ok(Poll::Ready(Ok(Reply::Stream(stream)))) => {
+                self.spawn(index, responder, data, deadline, ambient, Job::Stream(stream))
+            }
+            Ok(Poll::Ready(result)) => {
+                let ended = self.answer(index, result, responder);
+                self.finished(index, ended);
+            }
+            Ok(Poll::Pending) => match future {
+                Some(future) => self.spawn(index, responder, data, deadline, ambient, Job::Future(future)),
+                // Not reached: the endpoint is called exactly once.
+                None => drop(responder),
+            },
+        }
+    }
+
+    /// Answers a result that is not a stream.
+    fn answer(&self, index: u32, result: HandlerResult, responder: Responder) -> Ended {
+        match result {
+            Ok(Reply::Empty) => responder.end(None, None),
+            Ok(Reply::Value(payload)) => responder.end(Some(payload), None),
+            Ok(Reply::Record(payload, headers)) => responder.end(Some(payload), Some(headers)),
+            Ok(Reply::Stream(_)) => responder.fail(&RpcError::unexpected("a stream inside a stream")),
+            Err(error) => {
+                responder.fail(&error);
+                self.report(index, error);
+                return Ended::Failed;
+            }
+        }
+        Ended::Well
+    }
+
+    fn report(&self, index: u32, error: RpcError) {
+        if error.is_unexpected() {
+            let route = self.handlers[index as usize].route.clone();
+            self.context.events.emit(ServiceEvent::UnexpectedError { route, error });
+        }
+    }
+
+    fn spawn(
+        self: &Rc<Self>,
+        index: u32,
+        responder: Responder,
+        data: Option<Payload>,
+        deadline: Option<Instant>,
+        ambient: Option<Ambient>,
+        job: Job,
+    ) {
+        let replica = Rc::clone(self);
+        let responder = Rc::new(RefCell::new(Some(responder)));
+        let work = {
+            let (replica, responder) = (Rc::clone(self), Rc::clone(&responder));
+            async move {
+                let result = match job {
+                    Job::Future(future) => future.await,
+                    Job::Stream(stream) => Ok(Reply::Stream(stream)),
+                };
+                let Some(responder) = responder.take() else { return Ended::Failed };
+                match result {
+                    Ok(Reply::Stream(stream)) => replica.pump(index, stream, responder, deadline).await,
+                    other => replica.answer(index, other, responder),
+                }
+            }
+        };
+        let task = {
+            let responder = Rc::clone(&responder);
+            async move {
+                // Counts the end even when the task is aborted.
+                let mut finish = Finish { replica: Rc::clone(&replica), index, ended: Ended::Failed };
+                let work = AssertUnwindSafe(work).catch_unwind();
+                let work = async {
+                    match ambient {
+                        Some(ambient) => ambient.scope(work).await,
+                        None => work.await,
+                    }
+                };
+                let ended = match deadline {
+                    Some(deadline) => match tokio::time::timeout_at(deadline, work).await {
+                        Ok(ended) => ended,
+                        Err(_) => {
+                            if let Some(responder) = responder.take() {
+                                responder.fail(&deadline_exceeded());
+                            }
+                            Ok(Ended::Failed)
+                        }
+                    },
+                    None => work.await,
+                };
+                finish.ended = match ended {
+                    Ok(ended) => ended,
+                    Err(panic) => {
+                        if let Some(responder) = responder.take() {
+                            responder_fail(responder);
+                        }
+                        replica.panicked(index, data.as_ref(), panic_text(panic));
+                        Ended::Panicked
+                    }
+                };
+            }
+        };
+        let handle = tokio::task::spawn_local(task);
+        if let Some(responder) = &*responder.borrow() {
+            responder.attach(handle.abort_handle());
+        }
+    }
+
+    /// Sends a stream's items. Completion that is already known is merged into the last item, as NestJS
+    /// does; one that comes later is a packet of its own.
+    async fn pump(
+        &self,
+        index: u32,
+        mut stream: LocalBoxStream<'static, Result<Payload, RpcError>>,
+        responder: Responder,
+        deadline: Option<Instant>,
+    ) -> Ended {
+        let mut item = match by(deadline, stream.next()).await {
+            Ok(Some(item)) => item,
+            Ok(None) => {
+                responder.end(None, None);
+                return Ended::Well;
+            }
+            Err(error) => {
+                responder.fail(&error);
+                return Ended::Failed;
+            }
+        };
+        loop {
+            let payload = match item {
+                Ok(payload) => payload,
+                Err(error) => {
+                    responder.fail(&error);
+                    self.report(index, error);
+                    return Ended::Failed;
+                }
+            };
+            item = match stream.next().now_or_never() {
+                Some(None) => {
+                    responder.end(Some(payload), None);
+                    return Ended::Well;
+                }
+                Some(Some(next)) => {
+                    responder.item(payload);
+                    next
+                }
+                None => {
+                    responder.item(payload);
+                    if responder.is_gone() {
+                        return Ended::Well;
+                    }
+                    match by(deadline, stream.next()).await {
+                        Ok(Some(next)) => next,
+                        Ok(None) => {
+                            responder.end(None, None);
+                            return Ended::Well;
+                        }
+                        Err(error) => {
+                            responder.fail(&error);
+                            return Ended::Failed;
+                        }
+                    }
+                }
+            };
+            if responder.ready().await.is_err() {
+                return Ended::Well;
+            }
+        }
+    }
+
+    fn finished(self: &Rc<Self>, index: u32, ended: Ended) {
+        let handler = &self.handlers[index as usize];
+        let stats = &handler.stats;
+        stats.in_flight.add(-1);
+        stats.handled.add(1);
+        match ended {
+            Ended::Well => {}
+            Ended::Failed => {
+                stats.failed.add(1);
+            }
+            Ended::Panicked => {
+                stats.failed.add(1);
+                stats.panicked.add(1);
+            }
+        }
+        handler.running.set(handler.running.get() - 1);
+        if handler.concurrency.is_some() {
+            // Those whose callers have gone meanwhile are not begun.
+            let next = loop {
+                let next = handler.waiting.borrow_mut().pop_front();
+                if next.as_ref().is_none_or(|next| !next.responder.is_gone()) {
+                    break next;
+                }
+            };
+            if let Some(next) = next {
+                // A task of its own, so that a long queue of ready handlers does not recurse.
+                let replica = Rc::clone(self);
+                handler.running.set(handler.running.get() + 1);
+                tokio::task::spawn_local(async move {
+                    let handler = &replica.handlers[index as usize];
+                    handler.running.set(handler.running.get() - 1);
+                    replica.start(next);
+                });
+            }
+        }
+    }
+
+    /// Answers a panic of the user's code: remembers the message, rebuilds the endpoints.
+    fn panicked(&self, index: u32, data: Option<&Payload>, cause: String) {
+        let route = self.handlers[index as usize].route.clone();
+        self.context
+            .events
+            .emit(ServiceEvent::HandlerPanicked { route: route.clone(), cause: cause.clone() });
+        if self.supervision.poison_after > 0 {
+            let key = self.message_key(&route, data);
+            let mut poison = self.poison.borrow_mut();
+            if poison.len() >= MAX_POISON && !poison.contains_key(&key) {
+                poison.clear();
+            }
+            *poison.entry(key).or_insert(0) += 1;
+        }
+        let allowed = self.window.borrow_mut().as_mut().is_none_or(|window| window.allow(Instant::now()));
+        if !allowed {
+            self.give_up(cause);
+            return;
+        }
+        match catch_unwind(AssertUnwindSafe(|| (self.factory)(&self.context))) {
+            Ok(built) => {
+                let old = self.endpoints.replace(Rc::new(built));
+                // The old state may be broken: its destructor is the user's code, too.
+                let _ = catch_unwind(AssertUnwindSafe(|| drop(old)));
+                self.context.child.failed_with(ChildState::Running, &cause);
+                self.context.child.count_restart();
+            }
+            Err(panic) => self.give_up(format!("its factory panicked: {}", panic_text(panic))),
+        }
+    }
+
+    fn give_up(&self, cause: String) {
+        self.context.child.failed_with(ChildState::Failed, &cause);
+        let child = self.context.child.name().clone();
+        self.context.events.emit(ServiceEvent::GaveUp { child, cause: cause.clone() });
+        *self.gave_up.borrow_mut() = Some(cause.clone());
+        if self.supervision.escalation == Escalation::StopService {
+            (self.context.escalate.0)(cause);
+        }
+    }
+
+    fn message_key(&self, route: &Route, data: Option<&Payload>) -> u64 {
+        let mut hasher = self.hasher.build_hasher();
+        hasher.write(route.as_ref().as_bytes());
+        if let Some(data) = data {
+            hasher.write(data.bytes());
+        }
+        hasher.finish()
+    }
+
+    /// How often a message has killed its handler, if too often.
+    fn kills(&self, route: &Route, data: Option<&Payload>) -> Option<u32> {
+        let limit = self.supervision.poison_after;
+        let kills = *self.poison.borrow().get(&self.message_key(route, data))?;
+        (limit > 0 && kills >= limit).then_some(kills)
+    }
+}
+
+enum Job {
+    Future(LocalBoxFuture<'static, HandlerResult>),
+    Stream(LocalBoxStream<'static, Result<Payload, RpcError>>),
+}
+
+/// Counts the end of a task, however it comes.
+struct Finish {
+    replica: Rc<Replica>,
+    index: u32,
+    ended: Ended,
+}
+
+impl Drop for Finish {
+    fn drop(&mut self) {
+        self.replica.finished(self.index, self.ended);
+    }
+}
+
+/// Waits no longer than until the caller stops waiting.
+async fn by<T>(deadline: Option<Instant>, work: impl Future<Output = T>) -> Result<T, RpcError> {
+    match deadline {
+        Some(deadline) => tokio::time::timeout_at(deadline, work).await.map_err(|_| deadline_exceeded()),
+        None => Ok(work.await),
+    }
+}
+
+/// The answer to a caller that stopped waiting, for those who still read it.
+fn deadline_exceeded() -> RpcError {
+    RpcError::message("Deadline exceeded")
+}
+
+fn responder_fail(responder: Responder) {
+    responder.fail(&RpcError::unexpected("the handler panicked"));
+}
+
+/// The answer when a bound of the service is reached.
+pub(crate) fn overloaded() -> RpcError {
+    RpcError::message("Service overloaded")
+}
+
+fn poisoned(kills: u32) -> RpcError {
+    RpcError::json(serde_json::json!({
+        "status": "error",
+        "message": format!("Message refused: it has killed its handler {kills} times"),
+        "code": "POISONED_MESSAGE",
+    }))
+}
+
+/// How long a replica may take to be built on its arbiter.
+pub(crate) const BUILD_TIMEOUT: Duration = Duration::from_secs(30);
