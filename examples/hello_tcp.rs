@@ -11,11 +11,11 @@ use std::error::Error;
 use std::time::Duration;
 
 use martlet::tcp::{TcpClient, TcpServer};
-use martlet::{Data, Microservice, Pattern, RpcError, message};
+use martlet::{Data, Microservice, RpcError, message, pattern};
 
 #[actix::main]
 async fn main() -> Result<(), Box<dyn Error>> {
-    let cmd = Pattern::from_json(&serde_json::json!({ "cmd": "sum" }))?;
+    let cmd = pattern!({ "cmd": "sum" });
     let sum = message(cmd.clone(), |Data(numbers): Data<Vec<i64>>| async move {
         Ok::<_, RpcError>(numbers.iter().sum::<i64>())
     });

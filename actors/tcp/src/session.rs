@@ -21,12 +21,12 @@ use std::time::Duration;
 use bytes::{Buf, Bytes, BytesMut};
 use martlet_core::codec::{Codec, CodecError};
 use martlet_core::packet::{OutgoingPacket, PatternText, ResponseBody};
-use martlet_core::request::PEER_KEY;
+use martlet_core::request::{PEER_KEY, TIMEOUT_KEY};
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PatternKey, Role, Session, SessionReader,
     SessionWriter, WriteError,
 };
-use martlet_core::{Format, Payload, Route, SessionError};
+use martlet_core::{Format, Metadata, Payload, Route, SessionError};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
@@ -196,6 +196,7 @@ impl Session for TcpSession {
             max_send_buffer_size: self.limits.max_send_buffer_size,
             extensions,
             out: BytesMut::new(),
+            usual_metadata: None,
             announced: self.role == Role::Server || !self.limits.extensions,
         };
         (reader, writer)
@@ -437,6 +438,8 @@ pub struct TcpWriter {
     max_send_buffer_size: usize,
     extensions: Rc<Extensions>,
     out: BytesMut,
+    /// Client: the metadata of a call with this timeout and nothing else.
+    usual_metadata: Option<(Duration, Metadata)>,
     /// Client: whether the server has been told that it may show itself.
     announced: bool,
 }
@@ -468,14 +471,32 @@ impl TcpWriter {
     }
 
     fn message(&mut self, mut message: OutboundMessage) -> Result<(), WriteError> {
-        // TCP-26.
-        if message.id.is_some() {
-            message.put_timeout();
-            // TCP-26: looks for a Martlet peer, once.
-            if !std::mem::replace(&mut self.announced, true) {
-                message.metadata.insert(PEER_KEY, "1");
-            }
+        // TCP-26: looks for a Martlet peer, once.
+        let announce = message.id.is_some() && !std::mem::replace(&mut self.announced, true);
+        if announce {
+            message.metadata.insert(PEER_KEY, "1");
         }
+        if message.metadata.is_empty()
+            && let Some(timeout) = message.timeout.take()
+        {
+            // Most calls carry the client's own timeout and nothing else: it is put in words once.
+            let usual = self.usual_metadata.take().filter(|(known, _)| *known == timeout);
+            let (_, metadata) = self.usual_metadata.insert(usual.unwrap_or_else(|| {
+                let metadata = Metadata::from_iter([(TIMEOUT_KEY, timeout.as_millis().to_string())]);
+                (timeout, metadata)
+            }));
+            message.metadata = std::mem::take(metadata);
+            let written = self.packet(&message);
+            if let Some((_, usual)) = &mut self.usual_metadata {
+                *usual = message.metadata;
+            }
+            return written;
+        }
+        message.put_timeout();
+        self.packet(&message)
+    }
+
+    fn packet(&mut self, message: &OutboundMessage) -> Result<(), WriteError> {
         let hint = message.data.bytes().len() + message.pattern.text().len() + 64;
         self.frame(hint, |codec, out| {
             codec.encode_request(

@@ -16,6 +16,12 @@ struct Options {
     /// Routes to register.
     #[arg(long, default_value_t = 10)]
     routes: u32,
+    /// Arbiters to serve on; 0 is the main thread alone.
+    #[arg(long, default_value_t = 0)]
+    arbiters: usize,
+    /// One replica of the handler for all arbiters, so that requests on the others hop threads.
+    #[arg(long)]
+    singleton: bool,
 }
 
 fn sum(pattern: &str) -> Result<HandlerGroup> {
@@ -28,7 +34,12 @@ fn sum(pattern: &str) -> Result<HandlerGroup> {
 fn main() -> Result<()> {
     let options = Options::parse();
     actix_rt::System::new().block_on(async {
-        let mut service = Microservice::new().on_current_arbiter().handlers(sum("sum")?);
+        let handler = if options.singleton { sum("sum")?.singleton() } else { sum("sum")? };
+        let mut service = match options.arbiters {
+            0 => Microservice::new().on_current_arbiter(),
+            count => Microservice::new().arbiters(count),
+        };
+        service = service.handlers(handler);
         for number in 1..options.routes {
             service = service.handlers(sum(&filler(number))?);
         }
