@@ -40,6 +40,9 @@ const CANCEL: &str = "martlet.cancel";
 /// The id and status of the packet by which a Martlet server shows itself.
 const HELLO: &str = "martlet";
 
+/// Cancellations that wait for the server to show itself; further ones are not sent.
+const MAX_EARLY: usize = 1024;
+
 /// The first read of a connection, and what an idle one keeps.
 const SMALL_READ: usize = 4 * 1024;
 /// The largest read.
@@ -202,6 +205,7 @@ impl Session for TcpSession {
             extensions,
             out: BytesMut::new(),
             announced: self.role == Role::Server,
+            early: Vec::new(),
         };
         (reader, writer)
     }
@@ -243,8 +247,18 @@ impl SessionReader<()> for TcpReader {
             if !self.buf.is_empty() {
                 match self.framing.decode(&mut self.buf, &mut self.frame, &self.limits.frame) {
                     Ok(Some(frame)) => match self.packet(frame) {
-                        Ok(Some(item)) => return Poll::Ready(Some(Ok(item))),
-                        Ok(None) => continue,
+                        Ok(Some(item)) => {
+                            if self.extensions.greet.get() {
+                                // A session writes before it reads, and the handler may be long in answering.
+                                cx.waker().wake_by_ref();
+                            }
+                            return Poll::Ready(Some(Ok(item)));
+                        }
+                        Ok(None) => {
+                            // Cancellations may have waited for the greeting.
+                            cx.waker().wake_by_ref();
+                            continue;
+                        }
                         Err(error) => return self.fault(error.to_string()),
                     },
                     Ok(None) => {}
@@ -437,6 +451,8 @@ pub struct TcpWriter {
     out: BytesMut,
     /// Client: whether the server has been told that it may show itself.
     announced: bool,
+    /// Client: requests cancelled before the server has shown whether it understands that.
+    early: Vec<Box<str>>,
 }
 
 impl std::fmt::Debug for TcpWriter {
@@ -525,6 +541,11 @@ impl SessionWriter<()> for TcpWriter {
             }
             Outbound::Request(message) | Outbound::Event(message) => self.message(message)?,
             Outbound::Cancel { id, .. } if self.extensions.peer_cancels.get() => self.cancel(id.as_str())?,
+            Outbound::Cancel { id, .. }
+                if self.announced && !self.extensions.peer_answered.get() && self.early.len() < MAX_EARLY =>
+            {
+                self.early.push(id.as_str().into());
+            }
             // TCP-23: a connection needs no subscriptions; a NestJS peer is told nothing it does not know.
             _ => {}
         }
@@ -544,6 +565,13 @@ impl SessionWriter<()> for TcpWriter {
             && let Err(WriteError::Session(error)) = self.greet()
         {
             return Poll::Ready(Err(error));
+        }
+        if !self.early.is_empty() && self.extensions.peer_cancels.get() {
+            for id in std::mem::take(&mut self.early) {
+                if let Err(WriteError::Session(error)) = self.cancel(&id) {
+                    return Poll::Ready(Err(error));
+                }
+            }
         }
         if self.out.is_empty() {
             return Poll::Ready(Ok(()));
