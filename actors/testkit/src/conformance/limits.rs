@@ -56,7 +56,12 @@ pub async fn a_full_mailbox_answers_overload<H: Harness>(harness: H) {
     let options = stage.harness.client_options();
     let other = stage.harness.client(&stage.service.url(), options);
     let calls = (0..400u64).map(|number| {
-        if number % 2 == 0 { &stage.client } else { &other }.send::<u64>(names.of("busy"), number)
+        let call = if number % 2 == 0 { &stage.client } else { &other }.send::<u64>(names.of("busy"), number);
+        async move {
+            // What a session reads in one turn is one message: they come one by one.
+            tokio::time::sleep(Duration::from_millis(number)).await;
+            call.await
+        }
     });
     let results = futures::future::join_all(calls).await;
     let refused = results.iter().filter(|result| overloaded(result)).count();
