@@ -5,6 +5,7 @@
 mod broker;
 mod calls;
 mod config;
+mod conformance;
 mod faults;
 mod messages;
 mod world;

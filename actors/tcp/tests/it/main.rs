@@ -3,4 +3,5 @@
 //! Integration tests of `martlet-tcp`.
 #![allow(clippy::unwrap_used)]
 
+mod conformance;
 mod frames;
