@@ -8,4 +8,5 @@ mod config;
 mod conformance;
 mod faults;
 mod messages;
+mod storm;
 mod world;
