@@ -50,17 +50,22 @@ async fn a_hundred_thousand_calls_survive_ten_restarts_of_the_broker() {
         let storm = storm.clone();
         move || {
             let mut cut = 0;
-            for restart in 1..=RESTARTS {
-                while storm.ended() < restart * CALLS / (RESTARTS + 1) {
+            let mut cut_until = |ended| {
+                while storm.ended() < ended {
                     std::thread::sleep(Duration::from_millis(11 + cut as u64 * 7 % 90));
                     // One line after the other, the service's less often than the clients'.
                     relays[[1, 2, 3, 0, 2, 1, 3][cut % 7]].cut_one(cut);
                     cut += 1;
                 }
+            };
+            for restart in 1..=RESTARTS {
+                cut_until(restart * CALLS / (RESTARTS + 1));
                 broker.stop();
                 std::thread::sleep(Duration::from_millis(restart * 13 % 100));
                 broker.restart();
             }
+            // What the service's line had when it was cut and no restart ends, ends by its timeout.
+            cut_until(CALLS - CALLS / 50);
             (broker, relays, cut)
         }
     };
