@@ -32,6 +32,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 use tokio::task;
 
+#[derive(Debug)]
 enum Command {
     Cut,
     CutOne(usize),
@@ -127,7 +128,7 @@ impl Relay {
     fn tell(&self, command: Command) {
         let (sender, done) = sync_channel(1);
         let commands = self.commands.as_ref().expect("there until dropped");
-        commands.send((command, sender)).ok().expect("the relay lives");
+        commands.send((command, sender)).expect("the relay lives");
         done.recv().expect("the relay obeys");
     }
 }

@@ -3,6 +3,7 @@
 //! Integration tests of `martlet-tcp`.
 #![allow(clippy::unwrap_used)]
 
+mod cancel;
 mod conformance;
 mod frames;
 mod storm;
