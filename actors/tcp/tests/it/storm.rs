@@ -102,7 +102,7 @@ async fn twenty_thousand_panics_are_each_answered() {
         message(pattern, move |Data(number): Data<u64>| {
             let run = runs.fetch_add(1, Ordering::Relaxed);
             async move {
-                if run % 2 == 0 {
+                if run.is_multiple_of(2) {
                     tokio::task::yield_now().await;
                 }
                 if number > 0 {
