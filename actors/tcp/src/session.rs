@@ -40,6 +40,9 @@ const CANCEL: &str = "martlet.cancel";
 /// The id and status of the packet by which a Martlet server shows itself.
 const HELLO: &str = "martlet";
 
+/// Cancellations that wait for the server to show itself; further ones are not sent.
+const MAX_EARLY: usize = 1024;
+
 /// The first read of a connection, and what an idle one keeps.
 const SMALL_READ: usize = 4 * 1024;
 /// The largest read.
@@ -136,6 +139,8 @@ struct Extensions {
     greeted: Cell<bool>,
     /// Client: the peer understands cancellation.
     peer_cancels: Cell<bool>,
+    /// Client: the peer has answered something; a Martlet server shows itself before that.
+    peer_answered: Cell<bool>,
 }
 
 impl TcpSession {
@@ -198,6 +203,7 @@ impl Session for TcpSession {
             out: BytesMut::new(),
             usual_metadata: None,
             announced: self.role == Role::Server || !self.limits.extensions,
+            early: Vec::new(),
         };
         (reader, writer)
     }
@@ -240,8 +246,18 @@ impl SessionReader<()> for TcpReader {
             if !self.buf.is_empty() {
                 match self.framing.decode(&mut self.buf, &mut self.frame, &self.limits.frame) {
                     Ok(Some(frame)) => match self.packet(frame) {
-                        Ok(Some(item)) => return Poll::Ready(Some(Ok(item))),
-                        Ok(None) => continue,
+                        Ok(Some(item)) => {
+                            if self.extensions.greet.get() {
+                                // A session writes before it reads, and the handler may be long in answering.
+                                cx.waker().wake_by_ref();
+                            }
+                            return Poll::Ready(Some(Ok(item)));
+                        }
+                        Ok(None) => {
+                            // Cancellations may have waited for the greeting.
+                            cx.waker().wake_by_ref();
+                            continue;
+                        }
                         Err(error) => return self.fault(error.to_string()),
                     },
                     Ok(None) => {}
@@ -360,6 +376,7 @@ impl TcpReader {
                     self.extensions.peer_cancels.set(true);
                     return Ok(None);
                 }
+                self.extensions.peer_answered.set(true);
                 Ok(Some(Inbound::Response(packet)))
             }
         }
@@ -442,6 +459,8 @@ pub struct TcpWriter {
     usual_metadata: Option<(Duration, Metadata)>,
     /// Client: whether the server has been told that it may show itself.
     announced: bool,
+    /// Client: requests cancelled before the server has shown whether it understands that.
+    early: Vec<Box<str>>,
 }
 
 impl std::fmt::Debug for TcpWriter {
@@ -548,6 +567,11 @@ impl SessionWriter<()> for TcpWriter {
             }
             Outbound::Request(message) | Outbound::Event(message) => self.message(message)?,
             Outbound::Cancel { id, .. } if self.extensions.peer_cancels.get() => self.cancel(id.as_str())?,
+            Outbound::Cancel { id, .. }
+                if self.announced && !self.extensions.peer_answered.get() && self.early.len() < MAX_EARLY =>
+            {
+                self.early.push(id.as_str().into());
+            }
             // TCP-23: a connection needs no subscriptions; a NestJS peer is told nothing it does not know.
             _ => {}
         }
@@ -567,6 +591,13 @@ impl SessionWriter<()> for TcpWriter {
             && let Err(WriteError::Session(error)) = self.greet()
         {
             return Poll::Ready(Err(error));
+        }
+        if !self.early.is_empty() && self.extensions.peer_cancels.get() {
+            for id in std::mem::take(&mut self.early) {
+                if let Err(WriteError::Session(error)) = self.cancel(&id) {
+                    return Poll::Ready(Err(error));
+                }
+            }
         }
         if self.out.is_empty() {
             return Poll::Ready(Ok(()));

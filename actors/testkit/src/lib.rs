@@ -7,6 +7,8 @@
 //! | [`conformance`], [`features`] | the suite that every transporter passes, one test per behaviour |
 //! | [`fault`] | any transporter, with cuts, delays, losses, doubles and panics as told |
 //! | [`probe`] | an actor that records what it receives |
+//! | [`relay`] | a TCP relay that is cut and closed as told |
+//! | [`storm`] | many calls of every kind, and what must hold of their outcomes |
 //! | [`broker`] | a real broker process on a free port: restarted, frozen, killed when dropped |
 //!
 //! Not here: mocks of the runtime. Everything is a real implementation of the public contract.
@@ -18,3 +20,5 @@ pub mod fault;
 pub mod features;
 pub mod memory;
 pub mod probe;
+pub mod relay;
+pub mod storm;

@@ -5,8 +5,7 @@
 //   node tests/bench/nest/service.mjs tcp [--host 127.0.0.1] [--port 0]
 //   node tests/bench/nest/service.mjs nats [--nats nats://127.0.0.1:4222] [--queue Q]
 //
-// Prints one line {"ready":true,"transport":…,"port":…,"pid":…,"nest":…} and serves until stdin is closed or SIGTERM
-// comes; then it exits with 0. It uses the packages that tests/interop/setup.sh installs.
+// Prints one line "ready <port or nats> <pid>" and serves until SIGTERM comes; then it exits with 0. It uses the packages that tests/interop/setup.sh installs.
 
 import { parseArgs } from 'node:util';
 
@@ -26,7 +25,6 @@ if (positionals.length !== 1 || !['tcp', 'nats'].includes(transport)) {
   console.error('usage: node service.mjs tcp [--host H] [--port N] | nats [--nats URL] [--queue Q]');
   process.exit(2);
 }
-process.stdin.on('close', () => process.exit(0)).resume();
 process.on('SIGTERM', () => process.exit(0));
 process.on('SIGINT', () => process.exit(0));
 
@@ -57,4 +55,4 @@ await app.listen();
 const port = transport === 'tcp' ? app.unwrap().address().port : null;
 // Ready means that the broker has the subscription.
 if (transport === 'nats') await app.unwrap().flush();
-console.log(JSON.stringify({ ready: true, transport, port, pid: process.pid, nest: nest.version }));
+console.log(`ready ${port ?? 'nats'} ${process.pid}`);

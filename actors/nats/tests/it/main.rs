@@ -5,6 +5,8 @@
 mod broker;
 mod calls;
 mod config;
+mod conformance;
 mod faults;
 mod messages;
+mod storm;
 mod world;

@@ -3,9 +3,12 @@
 //! Integration tests of `martlet-tcp`.
 #![allow(clippy::unwrap_used)]
 
+mod cancel;
+mod conformance;
 mod connections;
 mod frames;
 mod hostile;
 mod limits;
+mod storm;
 mod support;
 mod tls;

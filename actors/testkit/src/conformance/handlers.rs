@@ -26,10 +26,12 @@ pub async fn patterns_are_strings_numbers_and_objects_in_any_key_order<H: Harnes
     let object =
         Pattern::from_json(&json!({"cmd": "sum", "own": own, "deep": {"b": 1, "a": [true, "x"]}})).unwrap();
     let number = Pattern::from(own as i64);
+    // A broker's subjects may know no white space.
+    let odd = if harness.features().subscribes { "\"quotes\"andü" } else { "with \"quotes\" and ü" };
     let service = small()
         .handlers(message(object, || async { ok("object") }))
         .handlers(message(number, || async { ok("number") }))
-        .handlers(message(names.of("with \"quotes\" and ü"), || async { ok("string") }));
+        .handlers(message(names.of(odd), || async { ok("string") }));
     let stage = Stage::new(harness, service).await;
     let send = |pattern: Pattern| stage.client.send::<String>(pattern, 1);
     // serde_json sorts keys; a pattern parsed from text keeps the order it was written in.
@@ -41,7 +43,7 @@ pub async fn patterns_are_strings_numbers_and_objects_in_any_key_order<H: Harnes
     }
     assert_eq!(send(Pattern::from(own as i64)).await.unwrap(), "number");
     assert_eq!(send(Pattern::from(own.to_string())).await.unwrap(), "number");
-    assert_eq!(send(names.of("with \"quotes\" and ü")).await.unwrap(), "string");
+    assert_eq!(send(names.of(odd)).await.unwrap(), "string");
     let other = Pattern::from_json(&json!({"cmd": "sum", "own": own})).unwrap();
     assert!(matches!(send(other).await, Err(CallError::NoHandler { .. })));
     stage.end().await;

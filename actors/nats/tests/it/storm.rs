@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Many calls while the broker is killed and started again and lines are cut, and while the service stops.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use futures::future::join_all;
+use martlet_core::{CallError, ConnectionStatus, Data, Microservice, RpcError, message};
+use martlet_nats::{NatsClient, NatsServer};
+use martlet_testkit::relay::Relay;
+use martlet_testkit::storm::{Storm, every_route_answers};
+
+use crate::broker::Broker;
+use crate::world::{GRACE, client_options, server_options, until};
+
+const CALLS: u64 = 100_000;
+const RESTARTS: u64 = 10;
+
+#[actix::test]
+async fn a_hundred_thousand_calls_survive_ten_restarts_of_the_broker() {
+    let begin = Instant::now();
+    let mut broker = Broker::start();
+    // Everybody has a line of its own, the broker's port stays.
+    let relays: Vec<Relay> = (0..4).map(|_| Relay::start(broker.port)).collect();
+    let url = |relay: &Relay| [format!("nats://127.0.0.1:{}", relay.port())];
+    let storm = Storm::new(CALLS);
+    let mut service = Microservice::new()
+        .arbiters(1)
+        .server(NatsServer::new(server_options(&broker).servers(url(&relays[0])).max_reconnect_attempts(-1)));
+    for group in storm.handlers() {
+        service = service.handlers(group);
+    }
+    let service = service.start().await.unwrap();
+    let clients: Vec<_> = relays[1..]
+        .iter()
+        .enumerate()
+        .map(|(number, relay)| {
+            // The last one does not wait for its connection.
+            let attempts = if number == 2 { 0 } else { -1 };
+            NatsClient::new(
+                client_options(&broker)
+                    .servers(url(relay))
+                    .max_reconnect_attempts(attempts)
+                    .call_timeout(Duration::from_secs(5)),
+            )
+        })
+        .collect();
+    let chaos = {
+        let storm = storm.clone();
+        move || {
+            let mut cut = 0;
+            let mut cut_until = |ended| {
+                while storm.ended() < ended {
+                    std::thread::sleep(Duration::from_millis(11 + cut as u64 * 7 % 90));
+                    // One line after the other, the service's less often than the clients'.
+                    relays[[1, 2, 3, 0, 2, 1, 3][cut % 7]].cut_one(cut);
+                    cut += 1;
+                }
+            };
+            for restart in 1..=RESTARTS {
+                cut_until(restart * CALLS / (RESTARTS + 1));
+                broker.stop();
+                std::thread::sleep(Duration::from_millis(restart * 13 % 100));
+                broker.restart();
+            }
+            // What the service's line had when it was cut and no restart ends, ends by its timeout.
+            cut_until(CALLS - CALLS / 50);
+            (broker, relays, cut)
+        }
+    };
+    let (outcomes, chaos) =
+        futures::join!(storm.run(&clients, 100), async { tokio::task::spawn_blocking(chaos).await.unwrap() });
+    let (broker, relays, cuts) = chaos;
+    let server = service.servers()[0].clone();
+    until("the service is connected", || server.status() == Some(ConnectionStatus::Connected)).await;
+    for client in &clients {
+        every_route_answers(client).await;
+        assert_eq!((client.pending(), client.occupied()), (0, 0));
+        client.close().await;
+    }
+    let report = service.stop(GRACE).await;
+    assert!(report.clean, "{report:?}");
+    storm.check_runs();
+    let took = begin.elapsed();
+    eprintln!("{outcomes:?}; {RESTARTS} restarts, {cuts} cuts; {took:.1?}");
+    assert!(outcomes["value"] > CALLS / 2, "{outcomes:?}");
+    assert!(outcomes.contains_key("lost"), "{outcomes:?}");
+    assert!(took < Duration::from_secs(120), "{took:?}");
+    drop((relays, broker));
+}
+
+#[actix::test]
+async fn what_a_stopping_service_handled_reaches_its_callers() {
+    let broker = Broker::start();
+    for round in 0..5u64 {
+        let handled = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&handled);
+        let work = message("work", move |Data(number): Data<u64>| {
+            let count = Arc::clone(&count);
+            async move {
+                if number % 8 == 0 {
+                    tokio::time::sleep(Duration::from_millis(number % 40)).await;
+                }
+                count.fetch_add(1, Ordering::Relaxed);
+                Ok::<_, RpcError>(number)
+            }
+        });
+        let service = Microservice::new()
+            .arbiters(2)
+            .handlers(work)
+            .server(NatsServer::new(server_options(&broker)))
+            .start()
+            .await
+            .unwrap();
+        let clients: Vec<_> = (0..4).map(|_| NatsClient::new(client_options(&broker))).collect();
+        join_all(clients.iter().map(|client| client.connect())).await.into_iter().for_each(Result::unwrap);
+        let callers = join_all((0..128).map(|caller: u64| {
+            let client = clients[caller as usize % clients.len()].clone();
+            async move {
+                let mut served = 0u64;
+                for number in 0.. {
+                    let sent = number * 128 + caller;
+                    match client.send::<u64>("work", sent).await {
+                        Ok(back) => assert_eq!(back, sent),
+                        Err(CallError::NoHandler { .. }) => return served,
+                        Err(error) => panic!("{error}"),
+                    }
+                    served += 1;
+                }
+                served
+            }
+        }));
+        let stopping = async {
+            tokio::time::sleep(Duration::from_millis(100 + 13 * round)).await;
+            service.stop(GRACE).await
+        };
+        let (served, report) = futures::join!(callers, stopping);
+        let served: u64 = served.into_iter().sum();
+        assert!(report.clean, "{report:?}");
+        assert!(served > 100, "{served}");
+        assert_eq!((served, report.done()), (handled.load(Ordering::Relaxed), served));
+        for client in clients {
+            assert_eq!((client.pending(), client.occupied()), (0, 0));
+            client.close().await;
+        }
+    }
+}

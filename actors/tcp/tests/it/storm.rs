@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Many calls while lines are cut and the service is stopped and started again, panics by the thousand, and
+//! stopping under load.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use futures::future::join_all;
+use futures::stream;
+use martlet_core::{CallError, ClientProxy, Data, Microservice, RpcError, RunningService, message};
+use martlet_tcp::{TcpClient, TcpClientOptions, TcpServer};
+use martlet_testkit::conformance::quiet_deliberate_panics;
+use martlet_testkit::relay::Relay;
+use martlet_testkit::storm::{Storm, every_route_answers};
+use serde_json::Value;
+
+const CALLS: u64 = 100_000;
+const RESTARTS: u64 = 10;
+const GRACE: Duration = Duration::from_secs(5);
+
+fn client(port: u16, retry_attempts: u32) -> ClientProxy {
+    TcpClient::new(TcpClientOptions::new().address("127.0.0.1", port).with(|options| {
+        options.retry_attempts = retry_attempts;
+        options.retry_delay = Duration::from_millis(10);
+        options.timeout = Duration::from_secs(5);
+    }))
+}
+
+fn port(service: &RunningService) -> u16 {
+    service.url().rsplit_once(':').unwrap().1.parse().unwrap()
+}
+
+async fn start(storm: &Storm, port: u16) -> RunningService {
+    let mut service = Microservice::new().arbiters(1).server(TcpServer::bind("127.0.0.1", port));
+    for group in storm.handlers() {
+        service = service.handlers(group);
+    }
+    service.start().await.unwrap()
+}
+
+#[actix::test]
+async fn a_hundred_thousand_calls_survive_cuts_and_ten_restarts_of_the_service() {
+    let begin = Instant::now();
+    let storm = Storm::new(CALLS);
+    let mut service = start(&storm, 0).await;
+    let port = port(&service);
+    let relays: Vec<Relay> = (0..3).map(|_| Relay::start(port)).collect();
+    // One does not wait for its connection, one has no relay between.
+    let clients = [
+        client(relays[0].port(), 500),
+        client(relays[1].port(), 500),
+        client(relays[2].port(), 0),
+        client(port, 500),
+    ];
+    let chaos = async {
+        let mut cut = 0;
+        for restart in 1..=RESTARTS {
+            while storm.ended() < restart * CALLS / (RESTARTS + 1) {
+                tokio::time::sleep(Duration::from_millis(11 + cut as u64 * 7 % 90)).await;
+                relays[[0, 1, 2, 1, 0, 2, 2][cut % 7]].cut_one(cut);
+                cut += 1;
+            }
+            // Some stops let work finish, some do not.
+            let grace = if restart % 3 == 0 { Duration::ZERO } else { GRACE };
+            let report = service.stop(grace).await;
+            assert!(report.clean || grace.is_zero(), "{report:?}");
+            // A relay would take connections for a service that is not there.
+            relays.iter().for_each(Relay::close);
+            tokio::time::sleep(Duration::from_millis(restart * 13 % 100)).await;
+            service = start(&storm, port).await;
+            relays.iter().for_each(Relay::open);
+        }
+        cut
+    };
+    let (outcomes, cuts) = futures::join!(storm.run(&clients, 100), chaos);
+    for client in &clients {
+        every_route_answers(client).await;
+        assert_eq!((client.pending(), client.occupied()), (0, 0));
+        client.close().await;
+    }
+    let report = service.stop(GRACE).await;
+    assert!(report.clean, "{report:?}");
+    storm.check_runs();
+    let took = begin.elapsed();
+    eprintln!("{outcomes:?}; {RESTARTS} restarts, {cuts} cuts; {took:.1?}");
+    assert!(outcomes["value"] > CALLS / 2, "{outcomes:?}");
+    assert!(outcomes.contains_key("lost"), "{outcomes:?}");
+    assert!(took < Duration::from_secs(120), "{took:?}");
+}
+
+/// Half of them panic over payloads that are all different, half over one payload with the rule for poisonous
+/// messages off.
+#[actix::test]
+async fn twenty_thousand_panics_are_each_answered() {
+    const PANICS: u64 = 20_000;
+    quiet_deliberate_panics();
+    let runs = Arc::new(AtomicU64::new(0));
+    let panics = |pattern: &str| {
+        let runs = Arc::clone(&runs);
+        message(pattern, move |Data(number): Data<u64>| {
+            let run = runs.fetch_add(1, Ordering::Relaxed);
+            async move {
+                if run.is_multiple_of(2) {
+                    tokio::task::yield_now().await;
+                }
+                if number > 0 {
+                    panic!("deliberate panic {number}");
+                }
+                Ok::<_, RpcError>(number)
+            }
+        })
+    };
+    let service = Microservice::new()
+        .arbiters(2)
+        .handlers(panics("varied"))
+        .handlers(panics("same").supervision(|supervision| supervision.poison_after = 0))
+        .server(TcpServer::bind("127.0.0.1", 0))
+        .start()
+        .await
+        .unwrap();
+    let clients = [client(port(&service), 0), client(port(&service), 0)];
+    let internal = serde_json::json!({"status": "error", "message": "Internal server error"});
+    let answered = stream::iter(0..PANICS)
+        .map(|number| {
+            let client = &clients[number as usize / 2 % 2];
+            let (pattern, data) = if number % 2 == 0 { ("varied", number + 1) } else { ("same", 1) };
+            client.send::<u64>(pattern, data)
+        })
+        .buffer_unordered(256)
+        .filter(|result| {
+            let expected = match result {
+                Err(CallError::Remote(error)) => error.decode::<Value>().unwrap() == internal,
+                other => panic!("{other:?}"),
+            };
+            std::future::ready(expected)
+        })
+        .count()
+        .await;
+    assert_eq!((answered as u64, runs.load(Ordering::Relaxed)), (PANICS, PANICS));
+    for client in &clients {
+        for pattern in ["varied", "same"] {
+            assert_eq!(client.send::<u64>(pattern, 0).await.unwrap(), 0);
+        }
+        assert_eq!((client.pending(), client.occupied()), (0, 0));
+        client.close().await;
+    }
+    let report = service.stop(GRACE).await;
+    assert!(report.clean, "{report:?}");
+    assert_eq!(report.done(), PANICS + 4);
+}
+
+#[actix::test]
+async fn what_a_stopping_service_handled_reaches_its_callers() {
+    for round in 0..5u64 {
+        let handled = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&handled);
+        let work = message("work", move |Data(number): Data<u64>| {
+            let count = Arc::clone(&count);
+            async move {
+                if number % 8 == 0 {
+                    tokio::time::sleep(Duration::from_millis(number % 40)).await;
+                }
+                count.fetch_add(1, Ordering::Relaxed);
+                Ok::<_, RpcError>(number)
+            }
+        });
+        let service = Microservice::new()
+            .arbiters(2)
+            .handlers(work)
+            .server(TcpServer::bind("127.0.0.1", 0))
+            .start()
+            .await
+            .unwrap();
+        let clients: Vec<_> = (0..4).map(|_| client(port(&service), 0)).collect();
+        join_all(clients.iter().map(ClientProxy::connect)).await.into_iter().for_each(Result::unwrap);
+        let callers = join_all((0..128).map(|caller: u64| {
+            let client = clients[caller as usize % clients.len()].clone();
+            async move {
+                let mut served = 0u64;
+                for number in 0.. {
+                    let sent = number * 128 + caller;
+                    match client.send::<u64>("work", sent).await {
+                        Ok(back) => assert_eq!(back, sent),
+                        // On its way when the service closed, or after that.
+                        Err(CallError::Lost { .. } | CallError::NotSent { .. }) => return served,
+                        Err(error) => panic!("{error}"),
+                    }
+                    served += 1;
+                }
+                served
+            }
+        }));
+        let stopping = async {
+            tokio::time::sleep(Duration::from_millis(100 + 13 * round)).await;
+            service.stop(GRACE).await
+        };
+        let (served, report) = futures::join!(callers, stopping);
+        let served: u64 = served.into_iter().sum();
+        assert!(report.clean, "{report:?}");
+        assert!(served > 100, "{served}");
+        assert_eq!((served, report.done()), (handled.load(Ordering::Relaxed), served));
+        for client in clients {
+            assert_eq!((client.pending(), client.occupied()), (0, 0));
+            client.close().await;
+        }
+    }
+}

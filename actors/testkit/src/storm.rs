@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A storm: many calls of every kind, pipelined over several clients, while the test breaks what is between
+//! them and the service.
+//!
+//! Each call has a number, the handlers note how often they ran for it, and each outcome is held against that:
+//! what ended as a value ran, what ended as certainly not run did not, and what was not declared idempotent ran
+//! once at most.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream::{self, FuturesUnordered};
+use martlet_core::{CallError, ClientProxy, Data, HandlerGroup, Pattern, RpcError, Streaming, message};
+use parking_lot::Mutex;
+
+/// The outcomes of a storm by kind: `value`, or that of the error.
+pub type Outcomes = BTreeMap<&'static str, u64>;
+
+/// A storm of so many calls. Clones are the same storm.
+#[derive(Clone)]
+pub struct Storm {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    calls: u64,
+    next: AtomicU64,
+    ended: AtomicU64,
+    /// For each call, how often its handler ran.
+    ran: Vec<AtomicU8>,
+    /// For each call, what its outcome says of that.
+    said: Vec<AtomicU8>,
+    outcomes: Mutex<Outcomes>,
+}
+
+impl std::fmt::Debug for Storm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Storm").field("calls", &self.inner.calls).field("ended", &self.ended()).finish()
+    }
+}
+
+const RAN: u8 = 1;
+const NOT_RUN: u8 = 2;
+const UNKNOWN: u8 = 3;
+
+/// Every tenth call takes a stream, three of ten are idempotent, the others are plain.
+fn kind(number: u64) -> &'static str {
+    match number % 10 {
+        0 => "stream",
+        1..=3 => "again",
+        _ => "echo",
+    }
+}
+
+/// A few items, none for some.
+fn items(number: u64) -> std::ops::Range<u64> {
+    number..number + number / 10 % 4
+}
+
+impl Storm {
+    /// A storm that is yet to begin.
+    pub fn new(calls: u64) -> Self {
+        let marks = || (0..calls).map(|_| AtomicU8::new(0)).collect();
+        Self {
+            inner: Arc::new(Inner {
+                calls,
+                next: AtomicU64::new(0),
+                ended: AtomicU64::new(0),
+                ran: marks(),
+                said: marks(),
+                outcomes: Mutex::default(),
+            }),
+        }
+    }
+
+    /// The handlers it calls.
+    pub fn handlers(&self) -> Vec<HandlerGroup> {
+        let note = |storm: &Self, number: u64| {
+            // The last call on each route is none of the storm.
+            if let Some(ran) = storm.inner.ran.get(number as usize) {
+                ran.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        let echo = |name: &str| {
+            let storm = self.clone();
+            message(Pattern::from(format!("storm.{name}")), move |Data(number): Data<u64>| {
+                note(&storm, number);
+                async move {
+                    if number % 4 == 0 {
+                        tokio::time::sleep(Duration::from_millis(number % 16)).await;
+                    }
+                    Ok::<_, RpcError>(number)
+                }
+            })
+        };
+        let storm = self.clone();
+        let streams = message("storm.stream", move |Data(number): Data<u64>| {
+            note(&storm, number);
+            async move {
+                let replies = stream::iter(items(number)).then(|item| async move {
+                    tokio::task::yield_now().await;
+                    item
+                });
+                Ok::<_, RpcError>(Streaming(replies))
+            }
+        });
+        vec![echo("echo"), echo("again"), streams]
+    }
+
+    /// How many calls have ended.
+    pub fn ended(&self) -> u64 {
+        self.inner.ended.load(Ordering::Relaxed)
+    }
+
+    /// Whether all have.
+    pub fn is_over(&self) -> bool {
+        self.ended() == self.inner.calls
+    }
+
+    /// Waits until this many calls have ended, or all.
+    pub async fn reaches(&self, ended: u64) {
+        while self.ended() < ended.min(self.inner.calls) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Makes the calls, with `depth` of them in flight on each client.
+    ///
+    /// # Panics
+    ///
+    /// When a reply is wrong, or an outcome has no place in a storm (an error of the handler, a bound).
+    pub async fn run(&self, clients: &[ClientProxy], depth: usize) -> Outcomes {
+        let workers: FuturesUnordered<_> =
+            clients.iter().flat_map(|client| (0..depth).map(move |_| self.work(client))).collect();
+        workers.collect::<()>().await;
+        let outcomes = self.inner.outcomes.lock().clone();
+        assert_eq!(outcomes.values().sum::<u64>(), self.inner.calls, "{outcomes:?}");
+        outcomes
+    }
+
+    async fn work(&self, client: &ClientProxy) {
+        loop {
+            let number = self.inner.next.fetch_add(1, Ordering::Relaxed);
+            if number >= self.inner.calls {
+                return;
+            }
+            let result = call(client, number).await;
+            let (kind, said) = match &result {
+                Ok(()) => ("value", RAN),
+                Err(error) if error.is_not_sent() => (error.kind(), NOT_RUN),
+                Err(error @ (CallError::Lost { .. } | CallError::Timeout { .. })) => (error.kind(), UNKNOWN),
+                Err(other) => panic!("call {number} ended as {other:?}"),
+            };
+            let before = self.inner.said[number as usize].swap(said, Ordering::Relaxed);
+            assert_eq!(before, 0, "call {number} has ended before");
+            *self.inner.outcomes.lock().entry(kind).or_insert(0) += 1;
+            self.inner.ended.fetch_add(1, Ordering::Relaxed);
+            if said != RAN {
+                // Calls that fail at once do not use up the storm while nothing is there.
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+    }
+
+    /// Holds the outcomes against what the handlers did, once the service has stopped.
+    ///
+    /// # Panics
+    ///
+    /// When they do not agree.
+    pub fn check_runs(&self) {
+        for (number, (ran, said)) in self.inner.ran.iter().zip(&self.inner.said).enumerate() {
+            let (ran, said) = (ran.load(Ordering::Relaxed), said.load(Ordering::Relaxed));
+            let kind = kind(number as u64);
+            assert!(said != RAN || ran >= 1, "{kind} {number} has a value and never ran");
+            // A call that is sent again may have run before.
+            assert!(
+                kind == "again" || said != NOT_RUN || ran == 0,
+                "{kind} {number} ended as not run and ran"
+            );
+            assert!(kind == "again" || ran <= 1, "{kind} {number} ran {ran} times");
+        }
+    }
+}
+
+async fn call(client: &ClientProxy, number: u64) -> Result<(), CallError> {
+    let kind = kind(number);
+    let call = client.send::<u64>(Pattern::from(format!("storm.{kind}")), number);
+    match kind {
+        "stream" => {
+            let mut replies = call.stream();
+            let mut expected = items(number);
+            while let Some(reply) = replies.next().await {
+                match reply {
+                    Ok(item) => assert_eq!(Some(item), expected.next(), "call {number}"),
+                    Err(error) => {
+                        assert!(replies.next().await.is_none(), "call {number} has a second end");
+                        return Err(error);
+                    }
+                }
+            }
+            assert_eq!(expected.next(), None, "call {number} ended early and well");
+        }
+        "again" => assert_eq!(call.idempotent().await?, number),
+        _ => assert_eq!(call.await?, number),
+    }
+    Ok(())
+}
+
+/// No number of a storm; its stream has items.
+const LAST: u64 = 4_000_000_010;
+
+/// Calls each route of the storm once more, in vain for at most 10 s: the registrations are back.
+///
+/// # Panics
+///
+/// When a route is not answered.
+pub async fn every_route_answers(client: &ClientProxy) {
+    for kind in ["stream", "again", "echo"] {
+        let mut last = None;
+        for _ in 0..500 {
+            let call = client.send::<u64>(Pattern::from(format!("storm.{kind}")), LAST);
+            let result = call.timeout(Duration::from_secs(5)).stream().collect_all().await;
+            match result {
+                Ok(_) => {
+                    last = None;
+                    break;
+                }
+                Err(error) => last = Some(error),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(last.is_none(), "storm.{kind} is not answered: {last:?}");
+    }
+}
