@@ -2,7 +2,7 @@
 //! Subject: Martlet's TCP server, on the one arbiter of its thread.
 
 use clap::Parser;
-use martlet_bench::service::filler;
+use martlet_bench::service::{SUM, filler};
 use martlet_bench::{Result, process};
 use martlet_core::{Data, HandlerGroup, Microservice, Pattern, RpcError, message};
 use martlet_tcp::TcpServer;
@@ -24,24 +24,23 @@ struct Options {
     singleton: bool,
 }
 
-fn sum(pattern: &str) -> Result<HandlerGroup> {
-    let pattern = Pattern::from_json(&serde_json::json!({ "cmd": pattern }))?;
-    Ok(message(pattern, |Data(numbers): Data<Vec<i64>>| async move {
+fn sum(pattern: &str) -> HandlerGroup {
+    message(Pattern::parse(pattern), |Data(numbers): Data<Vec<i64>>| async move {
         Ok::<_, RpcError>(numbers.iter().sum::<i64>())
-    }))
+    })
 }
 
 fn main() -> Result<()> {
     let options = Options::parse();
     actix_rt::System::new().block_on(async {
-        let handler = if options.singleton { sum("sum")?.singleton() } else { sum("sum")? };
+        let handler = if options.singleton { sum(SUM).singleton() } else { sum(SUM) };
         let mut service = match options.arbiters {
             0 => Microservice::new().on_current_arbiter(),
             count => Microservice::new().arbiters(count),
         };
         service = service.handlers(handler);
         for number in 1..options.routes {
-            service = service.handlers(sum(&filler(number))?);
+            service = service.handlers(sum(&filler(number)));
         }
         let service = service.server(TcpServer::bind("127.0.0.1", options.port)).start().await?;
         process::say_ready(service.url().rsplit(':').next().unwrap_or_default())?;
