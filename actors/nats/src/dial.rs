@@ -37,6 +37,7 @@ impl NatsDial {
                 graceful_shutdown: options.graceful_shutdown,
                 headers: martlet_core::Headers::new(),
                 service,
+                codec: Arc::clone(&options.codec),
             }),
         }
     }
@@ -50,6 +51,7 @@ impl NatsDial {
                 graceful_shutdown: true,
                 headers: options.headers.clone(),
                 service: None,
+                codec: Arc::clone(&options.codec),
             }),
         }
     }
@@ -208,7 +210,8 @@ impl Dial for NatsDial {
     type Session = NatsSession;
 
     fn info(&self) -> TransportInfo {
-        TransportInfo { subscribes: true, ..TransportInfo::new(TransportId::NATS, "nats") }
+        let format = self.settings.codec.format();
+        TransportInfo { subscribes: true, format, ..TransportInfo::new(TransportId::NATS, "nats") }
     }
 
     async fn dial(&self, plan: SessionPlan) -> Result<NatsSession, SessionError> {

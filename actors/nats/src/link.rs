@@ -18,6 +18,7 @@ use bytes::Bytes;
 use futures::future::LocalBoxFuture;
 use futures::task::AtomicWaker;
 use futures::{FutureExt, Sink, StreamExt};
+use martlet_core::codec::Codec;
 use martlet_core::error::SessionError;
 use martlet_core::pattern::Route;
 use martlet_core::transport::Subscription;
@@ -84,6 +85,7 @@ pub(crate) struct Settings {
     pub(crate) graceful_shutdown: bool,
     pub(crate) headers: Headers,
     pub(crate) service: Option<Arc<Service>>,
+    pub(crate) codec: Arc<dyn Codec>,
 }
 
 pub(crate) type Subscriptions = Merge<Purpose, Subscriber>;

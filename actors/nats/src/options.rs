@@ -6,11 +6,13 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use martlet_core::Headers;
 use martlet_core::backoff::BackoffOptions;
 use martlet_core::client::ClientOptions;
+use martlet_core::codec::{Codec, JsonCodec};
 use martlet_core::server::ServerOptions;
 use serde::{Deserialize, Deserializer};
 
@@ -73,10 +75,10 @@ pub struct ServicesDiscovery {
 macro_rules! sides {
     (
         common { $($common:tt)* }
-        $(#[$server_doc:meta])* server $server:ident { $($server_own:tt)* }
+        $(#[$server_doc:meta])* server $server:ident { $($server_own:tt)* } from code { $($server_code:tt)* }
         $(#[$client_doc:meta])* client $client:ident { $($client_own:tt)* } from code { $($client_code:tt)* }
     ) => {
-        side! { $(#[$server_doc])* pub struct $server { $($common)* $($server_own)* } from code {} }
+        side! { $(#[$server_doc])* pub struct $server { $($common)* $($server_own)* } from code { $($server_code)* } }
         side! { $(#[$client_doc])* pub struct $client { $($common)* $($client_own)* } from code { $($client_code)* } }
         common! { $server $client { $($common)* } }
     };
@@ -272,6 +274,10 @@ sides! {
         "maxInFlight" max_in_flight: usize = 1024, (usize) |requests| requests;
         /// Bytes of replies that may wait before reading pauses. Default 262,144.
         "highWaterBytes" high_water_bytes: usize = 256 * 1024, (usize) |bytes| bytes;
+    } from code {
+        /// Turns packets into bytes: NestJS's serializer and deserializer. Both ends must agree. Default
+        /// `JsonCodec`, which NestJS speaks.
+        codec: Arc<dyn Codec> = Arc::new(JsonCodec);
     }
 
     /// The options of the calling side.
@@ -292,6 +298,9 @@ sides! {
         /// The client's other settings. Its `timeout`, `reconnect`, `reconnect_attempts`, `retry_delay` and
         /// `connect_timeout` are taken from the options above.
         client: ClientOptions = ClientOptions::default();
+        /// Turns packets into bytes: NestJS's serializer and deserializer. Both ends must agree. Default
+        /// `JsonCodec`, which NestJS speaks.
+        codec: Arc<dyn Codec> = Arc::new(JsonCodec);
     }
 }
 

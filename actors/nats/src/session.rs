@@ -9,7 +9,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use async_nats::{Event, Message, ServerError, Subject};
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use futures::future::LocalBoxFuture;
 use martlet_core::Headers;
 use martlet_core::error::SessionError;
@@ -171,7 +171,7 @@ impl NatsReader {
                 }
                 let id = PacketId::from_text(token.as_bytes())?;
                 let status = message.status.map(|status| status.as_u16());
-                match wire::decode_response(token, status, &message.payload) {
+                match wire::decode_response(&*link.settings.codec, token, status, &message.payload) {
                     Answer::Reply(packet) => Some(Inbound::Response(packet)),
                     Answer::Nobody => Some(Inbound::Unreachable { id }),
                     Answer::Foreign => None,
@@ -231,7 +231,7 @@ fn deliver(link: &Link, key: PatternKey, endpoint: u32, message: Message) -> Inb
             wire::headers_of(map)
         }
     };
-    let packet = match wire::decode_request(&payload, &headers) {
+    let packet = match wire::decode_request(&*link.settings.codec, &payload, &headers) {
         Ok(packet) => packet,
         Err(reason) => return Inbound::Bad { reason: format!("message on {}: {reason}", &*subject) },
     };
@@ -338,7 +338,7 @@ impl NatsWriter {
             Some(headers) => Some(headers),
             None => wire::headers_for(own, fixed, &message.metadata, limit)?,
         };
-        let body = wire::encode_request(message, &mut self.buffer)?;
+        let body = wire::encode_request(&*self.link.settings.codec, message, &mut self.buffer)?;
         wire::check_size(headers.as_ref(), body.len(), self.link.client.max_payload())?;
         let subject = self.subject(message.pattern.route());
         self.link.push(subject, reply, body, headers);
@@ -373,7 +373,7 @@ impl NatsWriter {
             )?,
             None => None,
         };
-        let body = wire::encode_response(id, body, &mut self.buffer)?;
+        let body = wire::encode_response(&*self.link.settings.codec, id, body, &mut self.buffer)?;
         wire::check_size(headers.as_ref(), body.len(), self.link.client.max_payload())?;
         self.link.push(to, None, body, headers);
         Ok(())
@@ -434,7 +434,8 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
             Outbound::Cancel { id, route } => {
                 if self.link.settings.common.cancellation {
                     let subject = wire::cancel_subject(&route).into();
-                    self.link.push(subject, None, Bytes::from(format!("\"{id}\"")), None);
+                    let id = wire::raw_id(self.link.settings.codec.format(), id.as_str());
+                    self.link.push(subject, None, id, None);
                 }
                 Ok(())
             }

@@ -7,7 +7,7 @@ use async_nats::header::{HeaderName, HeaderValue};
 use async_nats::{HeaderMap, Subject};
 use bytes::{Bytes, BytesMut};
 use martlet_core::Headers;
-use martlet_core::codec::{Codec, CodecError, JsonCodec};
+use martlet_core::codec::{Codec, CodecError};
 use martlet_core::json;
 use martlet_core::packet::{
     IncomingPacket, Metadata, OutgoingPacket, PatternText, ResponseBody, ResponsePacket,
@@ -101,7 +101,11 @@ fn refill(out: &mut BytesMut) {
 }
 
 /// Writes the body of a request or event; the bytes are cut off `out`.
-pub(crate) fn encode_request(message: &OutboundMessage, out: &mut BytesMut) -> Result<Bytes, WireError> {
+pub(crate) fn encode_request(
+    codec: &dyn Codec,
+    message: &OutboundMessage,
+    out: &mut BytesMut,
+) -> Result<Bytes, WireError> {
     refill(out);
     let packet = OutgoingPacket {
         pattern: PatternText::Given(&message.pattern),
@@ -109,7 +113,7 @@ pub(crate) fn encode_request(message: &OutboundMessage, out: &mut BytesMut) -> R
         id: message.id.as_ref().map(PacketId::as_str),
         metadata: Some(&message.metadata).filter(|metadata| !metadata.is_empty()),
     };
-    finish(JsonCodec.encode_request(&packet, out), out)
+    finish(codec.encode_request(&packet, out), out)
 }
 
 fn finish(result: Result<(), CodecError>, out: &mut BytesMut) -> Result<Bytes, WireError> {
@@ -124,25 +128,29 @@ fn finish(result: Result<(), CodecError>, out: &mut BytesMut) -> Result<Bytes, W
 
 /// NATS-2, NATS-6: reads a request or event. An empty body and one that is not JSON are errors (NATS-5): they end a NestJS service,
 /// not this one.
-pub(crate) fn decode_request(body: &Bytes, headers: &Headers) -> Result<IncomingPacket, String> {
+pub(crate) fn decode_request(
+    codec: &dyn Codec,
+    body: &Bytes,
+    headers: &Headers,
+) -> Result<IncomingPacket, String> {
     if body.is_empty() {
         return Err("the body is empty".to_owned());
     }
-    let mut packet = JsonCodec.decode_request(body).map_err(|error| error.to_string())?;
+    let mut packet = codec.decode_request(body).map_err(|error| error.to_string())?;
     if packet.metadata.is_none() && !headers.is_empty() {
-        packet.metadata = metadata_of(headers);
+        packet.metadata = metadata_of(codec.format(), headers);
     }
     Ok(packet)
 }
 
 /// Metadata from headers, for callers that send no packet metadata.
-fn metadata_of(headers: &Headers) -> Option<Payload> {
+fn metadata_of(format: Format, headers: &Headers) -> Option<Payload> {
     let metadata: Metadata =
         HEADER_METADATA.iter().filter_map(|key| Some((*key, headers.get(key)?))).collect();
     if metadata.is_empty() {
         return None;
     }
-    Payload::encode(Format::Json, &metadata).ok()
+    Payload::encode(format, &metadata).ok()
 }
 
 // === replies ===
@@ -158,12 +166,31 @@ pub(crate) fn reply_subject(inbox: &str, id: &PacketId, out: &mut BytesMut) -> S
 
 /// NATS-4, NATS-8: writes the body of a reply; the bytes are cut off `out`.
 pub(crate) fn encode_response(
+    codec: &dyn Codec,
     id: &[u8],
     body: &ResponseBody,
     out: &mut BytesMut,
 ) -> Result<Bytes, WireError> {
     refill(out);
-    finish(JsonCodec.encode_response(Some(id), body, None, out), out)
+    finish(codec.encode_response(Some(id), body, None, out), out)
+}
+
+/// An id as a raw value.
+pub(crate) fn raw_id(format: Format, id: &str) -> Bytes {
+    match format {
+        Format::Json => Bytes::from(format!("\"{id}\"")),
+        // A text always encodes.
+        _ => Payload::encode(format, id).map(Payload::into_bytes).unwrap_or_default(),
+    }
+}
+
+/// Whether a raw value is this id.
+fn is_id(format: Format, raw: &[u8], id: &str) -> bool {
+    match (format, raw) {
+        (Format::Json, [b'"', quoted @ .., b'"']) => quoted == id.as_bytes(),
+        (Format::Json, _) => false,
+        _ => raw == raw_id(format, id),
+    }
 }
 
 /// What a message on a reply subject says.
@@ -181,20 +208,21 @@ pub(crate) enum Answer {
 ///
 /// NATS-9, NATS-10. A body without id is accepted; one that is not JSON becomes the reply as it is, so that the call ends
 /// (with a decoding error) instead of waiting for its timeout.
-pub(crate) fn decode_response(id: &str, status: Option<u16>, body: &Bytes) -> Answer {
+pub(crate) fn decode_response(codec: &dyn Codec, id: &str, status: Option<u16>, body: &Bytes) -> Answer {
     if status == Some(503) || body.is_empty() {
         return Answer::Nobody;
     }
-    let mut packet = JsonCodec.decode_response(body).unwrap_or_else(|_| ResponsePacket {
+    let format = codec.format();
+    let mut packet = codec.decode_response(body).unwrap_or_else(|_| ResponsePacket {
         id: None,
         status: None,
-        body: ResponseBody::Last(Some(Payload::new(Format::Json, body.clone()))),
+        body: ResponseBody::Last(Some(Payload::new(format, body.clone()))),
         foreign: true,
     });
     match packet.id.as_deref() {
-        Some([b'"', quoted @ .., b'"']) if quoted == id.as_bytes() => {}
-        Some(other) if json::is_truthy(other) => return Answer::Foreign,
-        _ => packet.id = Some(Bytes::from(format!("\"{id}\"")).into()),
+        Some(raw) if is_id(format, raw, id) => {}
+        Some(other) if format != Format::Json || json::is_truthy(other) => return Answer::Foreign,
+        _ => packet.id = Some(raw_id(format, id).into()),
     }
     Answer::Reply(packet)
 }

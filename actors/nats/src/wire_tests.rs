@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 #![allow(clippy::unwrap_used)]
 
+use martlet_core::codec::JsonCodec;
+
 use super::*;
 use martlet_core::Pattern;
 use serde_json::Value;
@@ -48,7 +50,7 @@ fn requests_and_events_of_nestjs_are_read_and_written_byte_for_byte() {
     assert!(vectors.len() > 110, "{}", vectors.len());
     for vector in vectors {
         let (name, body) = (&vector["name"], raw(&vector));
-        let packet = decode_request(&body, &Headers::new()).unwrap();
+        let packet = decode_request(&JsonCodec, &body, &Headers::new()).unwrap();
         let is_event = vector["kind"] == "event" || vector["name"] == "nest12-nats-event-metadata";
         assert_eq!(packet.is_event(), is_event, "{name}");
         let id: Option<String> = packet.id.map(|id| serde_json::from_slice(&id).unwrap());
@@ -70,7 +72,7 @@ fn requests_and_events_of_nestjs_are_read_and_written_byte_for_byte() {
             headers: Headers::new(),
             timeout: None,
         };
-        let written = encode_request(&message, &mut BytesMut::new()).unwrap();
+        let written = encode_request(&JsonCodec, &message, &mut BytesMut::new()).unwrap();
         assert_eq!(text(&written), text(&body), "{name}");
     }
 }
@@ -83,7 +85,7 @@ fn replies_of_nestjs_are_read_and_written_byte_for_byte() {
         let (name, body) = (&vector["name"], raw(&vector));
         let value = parsed(text(&body));
         let id = value["id"].as_str().unwrap().to_owned();
-        let Answer::Reply(packet) = decode_response(&id, None, &body) else { panic!("{name}") };
+        let Answer::Reply(packet) = decode_response(&JsonCodec, &id, None, &body) else { panic!("{name}") };
         assert!(!packet.foreign, "{name}");
         match vector["kind"].as_str() {
             Some("response-final" | "dispose") => {
@@ -99,7 +101,8 @@ fn replies_of_nestjs_are_read_and_written_byte_for_byte() {
             // An item without value, which is never sent (README section 4).
             continue;
         }
-        let written = encode_response(packet.id.as_deref().unwrap(), &packet.body, &mut BytesMut::new());
+        let written =
+            encode_response(&JsonCodec, packet.id.as_deref().unwrap(), &packet.body, &mut BytesMut::new());
         assert_eq!(text(&written.unwrap()), text(&body), "{name}");
     }
 }
@@ -110,7 +113,7 @@ fn foreign_messages_are_what_they_are_to_a_nestjs_server() {
     assert_eq!(vectors.len(), 11);
     for vector in vectors {
         let name = vector["name"].as_str().unwrap();
-        let packet = decode_request(&raw(&vector), &Headers::new());
+        let packet = decode_request(&JsonCodec, &raw(&vector), &Headers::new());
         match name {
             "raw_bad_json" | "raw_empty_payload" => {
                 packet.unwrap_err();
@@ -138,7 +141,7 @@ fn foreign_replies_are_what_they_are_to_a_nestjs_client() {
         let (mut next, mut complete, mut error) = (Vec::new(), false, Value::Null);
         for reply in vector["replies"].as_array().unwrap() {
             let body = Bytes::from(reply.as_str().unwrap().replace("<id>", id));
-            match decode_response(id, None, &body) {
+            match decode_response(&JsonCodec, id, None, &body) {
                 Answer::Foreign => assert_eq!(name, "reply_with_wrong_id"),
                 Answer::Nobody => assert_eq!(name, "reply_empty_payload"),
                 Answer::Reply(packet) => {
@@ -171,10 +174,11 @@ fn foreign_replies_are_what_they_are_to_a_nestjs_client() {
 #[test]
 fn a_reply_is_taken_by_its_id_or_by_its_subject() {
     let id = "0123456789abcdef01234";
-    let check = |body: &str| match decode_response(id, None, &Bytes::copy_from_slice(body.as_bytes())) {
-        Answer::Reply(packet) => text(&packet.id.unwrap()).to_owned(),
-        other => format!("{other:?}"),
-    };
+    let check =
+        |body: &str| match decode_response(&JsonCodec, id, None, &Bytes::copy_from_slice(body.as_bytes())) {
+            Answer::Reply(packet) => text(&packet.id.unwrap()).to_owned(),
+            other => format!("{other:?}"),
+        };
     let own = format!("\"{id}\"");
     assert_eq!(check(r#"{"response":1,"isDisposed":true,"id":"0123456789abcdef01234"}"#), own);
     // NestJS tests for an id that is truthy and different.
@@ -182,7 +186,7 @@ fn a_reply_is_taken_by_its_id_or_by_its_subject() {
         assert_eq!(check(&format!(r#"{{"response":1,"id":{falsy}}}"#)), own);
     }
     assert_eq!(check(r#"{"response":1,"id":7}"#), "Foreign");
-    let nobody = decode_response(id, Some(503), &Bytes::from_static(b"x"));
+    let nobody = decode_response(&JsonCodec, id, Some(503), &Bytes::from_static(b"x"));
     assert!(matches!(nobody, Answer::Nobody));
 }
 
@@ -228,7 +232,7 @@ fn headers_that_would_break_the_protocol_are_refused() {
 fn metadata_comes_from_headers_only_where_the_packet_has_none() {
     let headers: Headers = [(TIMEOUT_KEY, "5"), ("x", "y")].into_iter().collect();
     let read = |body: &'static str| {
-        let packet = decode_request(&Bytes::from_static(body.as_bytes()), &headers).unwrap();
+        let packet = decode_request(&JsonCodec, &Bytes::from_static(body.as_bytes()), &headers).unwrap();
         text(packet.metadata.unwrap().bytes()).to_owned()
     };
     assert_eq!(read(r#"{"data":1,"id":"a"}"#), r#"{"martlet-timeout-ms":"5"}"#);

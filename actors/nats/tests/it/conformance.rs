@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The conformance suite over NATS. Everybody comes to the broker through a relay, which is what is cut.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use martlet_core::codec::{Codec, JsonCodec, MessagePackCodec};
 use martlet_core::{ClientOptions, ClientProxy, Server, ServerOptions};
 use martlet_nats::{NatsClient, NatsClientOptions, NatsDial, NatsServerOptions};
 use martlet_testkit::conformance::Harness;
@@ -12,15 +14,16 @@ use martlet_testkit::relay::Relay;
 use crate::broker::Broker;
 
 struct Nats {
+    codec: Arc<dyn Codec>,
     relay: Relay,
     // Dropped after the relay: the broker of one behaviour.
     _broker: Broker,
 }
 
 impl Nats {
-    fn new() -> Self {
+    fn new(codec: impl Codec) -> Self {
         let broker = Broker::start();
-        Self { relay: Relay::start(broker.port), _broker: broker }
+        Self { codec: Arc::new(codec), relay: Relay::start(broker.port), _broker: broker }
     }
 
     fn address(&self) -> [String; 1] {
@@ -41,7 +44,9 @@ impl Harness for Nats {
     }
 
     fn server(&mut self, options: ServerOptions) -> Server {
-        let dial = NatsDial::server(&NatsServerOptions::new().servers(self.address()));
+        let dial = NatsDial::server(
+            &NatsServerOptions::new().servers(self.address()).codec(Arc::clone(&self.codec)),
+        );
         let url = dial.url();
         Server::dial(dial, url, options)
     }
@@ -49,6 +54,7 @@ impl Harness for Nats {
     fn client(&mut self, _url: &str, options: ClientOptions) -> ClientProxy {
         let mut nats = NatsClientOptions::new()
             .servers(self.address())
+            .codec(Arc::clone(&self.codec))
             .reconnect(options.reconnect)
             .reconnect_time_wait(options.retry_delay.min)
             .reconnect_jitter(Duration::ZERO)
@@ -69,4 +75,12 @@ impl Harness for Nats {
     }
 }
 
-martlet_testkit::conformance_tests!(Nats::new(); core, metadata, cancel, cuts, subscribes, wildcards);
+mod json {
+    use super::*;
+    martlet_testkit::conformance_tests!(Nats::new(JsonCodec); core, metadata, cancel, cuts, subscribes, wildcards);
+}
+
+mod message_pack {
+    use super::*;
+    martlet_testkit::conformance_tests!(Nats::new(MessagePackCodec); core, metadata, cancel, cuts, subscribes, wildcards);
+}
