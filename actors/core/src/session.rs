@@ -66,7 +66,7 @@ impl Default for SessionLimits {
 }
 
 /// How many arrivals one turn of a session takes before it lets others run.
-const READ_BUDGET: usize = 256;
+const READ_BUDGET: usize = 64;
 
 /// The handle by which a session's owner steers it, and by which whoever has something for it wakes it.
 #[derive(Debug, Default)]

@@ -87,7 +87,7 @@ impl Dial for TcpClient {
             frame: FrameLimits::default().with_max_frame(options.max_buffer_size),
             incomplete_message_timeout: options.incomplete_message_timeout,
             max_send_buffer_size: options.max_send_buffer_size,
-            extensions: options.client.propagate,
+            extensions: options.cancellation,
         };
         TcpSession::new(io, Role::Client, options.protocol.clone(), limits)
     }

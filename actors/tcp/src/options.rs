@@ -249,6 +249,9 @@ pub struct TcpClientOptions {
     pub max_pending: usize,
     /// Replies of one call that may wait to be read; one more ends the call as `Overloaded`. Default 1024.
     pub max_buffered_replies: usize,
+    /// Whether the client looks for a Martlet server (by a metadata key of its first request, which NestJS
+    /// ignores) and tells it when a call is cancelled. Default true.
+    pub cancellation: bool,
     /// Codec and framing.
     #[serde(skip)]
     pub protocol: TcpProtocol,
@@ -273,6 +276,7 @@ impl Default for TcpClientOptions {
             timeout: client.timeout.unwrap_or_default(),
             max_pending: client.max_pending,
             max_buffered_replies: client.max_buffered_replies,
+            cancellation: true,
             protocol: TcpProtocol::default(),
             client,
         }
@@ -294,6 +298,7 @@ impl TcpClientOptions {
         "timeout",
         "maxPending",
         "maxBufferedReplies",
+        "cancellation",
     ];
 
     /// The defaults.
