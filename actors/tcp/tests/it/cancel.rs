@@ -8,7 +8,7 @@ use futures::FutureExt;
 use martlet_core::codec::{Codec, JsonCodec};
 use martlet_core::packet::ResponseBody;
 use martlet_tcp::wire::{FrameLimits, FrameState};
-use martlet_tcp::{Framing, NestFraming, TcpClient};
+use martlet_tcp::{Framing, NestFraming, TcpClient, TcpClientOptions};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -73,4 +73,22 @@ async fn a_server_that_answers_without_showing_itself_hears_of_no_cancellation()
     let silence = tokio::time::timeout(Duration::from_millis(50), peer.recv()).await;
     assert!(silence.is_err(), "{silence:?}");
     client.close().await;
+}
+
+#[actix::test]
+async fn a_client_told_so_does_not_look_for_martlet_servers() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    for cancellation in [false, true] {
+        let options = TcpClientOptions::new().address("127.0.0.1", port);
+        let client = TcpClient::new(options.with(|options| options.cancellation = cancellation));
+        let mut call = client.send::<()>("endless", 1).no_timeout();
+        assert!((&mut call).now_or_never().is_none());
+        let (socket, _) = listener.accept().await.unwrap();
+        let mut peer = Peer { socket, buffer: BytesMut::new(), state: FrameState::default() };
+        let request = peer.recv().await;
+        assert_eq!(request["metadata"]["martlet-peer"].is_string(), cancellation, "{request}");
+        drop(call);
+        client.close().await;
+    }
 }
