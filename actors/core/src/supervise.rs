@@ -214,7 +214,11 @@ impl Child {
     pub fn child(&self, name: impl Into<Arc<str>>, kind: &'static str) -> Self {
         let child = Self::root(name, kind);
         let mut children = self.node.children.lock();
-        children.retain(|weak| weak.strong_count() > 0);
+        // Those that left are swept when they may be half of all: a hundred thousand children cost no more
+        // than that many steps.
+        if children.len() == children.capacity() {
+            children.retain(|weak| weak.strong_count() > 0);
+        }
         children.push(Arc::downgrade(&child.node));
         child
     }
