@@ -218,14 +218,14 @@ impl ClientProxy {
     /// when the transporter has taken it, which says nothing about its handlers.
     pub fn emit(&self, pattern: impl Into<Pattern>, data: impl IntoRecord) -> Emit {
         let prepared = self.prepare(pattern.into(), data);
-        Emit { state: prepared.start(CallKind::Event, None) }
+        Emit { state: prepared.start(CallKind::Event) }
     }
 
     /// As [`emit`](Self::emit), with metadata and headers of one's own.
     pub fn emit_with(&self, pattern: impl Into<Pattern>, data: impl IntoRecord, metadata: Metadata) -> Emit {
         let mut prepared = self.prepare(pattern.into(), data);
         prepared.metadata = metadata;
-        Emit { state: prepared.start(CallKind::Event, None) }
+        Emit { state: prepared.start(CallKind::Event) }
     }
 
     fn prepare(&self, pattern: Pattern, data: impl IntoRecord) -> Prepared {
@@ -399,7 +399,7 @@ struct Running {
 }
 
 impl Prepared {
-    fn start(self, kind: CallKind, _hint: Option<()>) -> Started {
+    fn start(self, kind: CallKind) -> Started {
         match self.try_start(kind) {
             Ok(running) => Started::Running(running),
             Err(error) => Started::Failed(Some(error)),
@@ -587,7 +587,7 @@ fn poll_started(
     cx: &mut TaskContext<'_>,
 ) -> Poll<Option<Result<Payload, CallError>>> {
     if let Some(call) = prepared.take() {
-        *running = Some(call.start(kind, None));
+        *running = Some(call.start(kind));
     }
     match running {
         Some(Started::Running(call)) => call.poll_reply(cx),
