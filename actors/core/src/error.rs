@@ -546,6 +546,16 @@ pub enum StartError {
         /// Why.
         reason: String,
     },
+    /// A failure policy cannot be honoured by a transporter.
+    #[error("the failure policy of {of} cannot be honoured by {transport}: {reason}")]
+    FailurePolicy {
+        /// Whose policy it is.
+        of: String,
+        /// The transporter.
+        transport: String,
+        /// Why.
+        reason: String,
+    },
     /// A transporter could not start.
     #[error("{transport} could not start: {cause}")]
     Transport {

@@ -27,6 +27,7 @@ use crate::pattern::Pattern;
 use crate::reply::{HandlerResult, IntoReply, Reply};
 use crate::request::{FromRequest, Request, bad_payload};
 use crate::route::{HandlerInfo, HandlerKind};
+use crate::settlement::FailurePolicy;
 use crate::supervise::{Child, ChildSpec, Escalation, RestartIntensity};
 use crate::transport::TransportId;
 
@@ -233,6 +234,17 @@ impl HandlerGroup {
         let (key, value) = (key.into(), value.into());
         for (info, _) in &mut self.handlers {
             Arc::make_mut(&mut info.extras).insert(key.clone(), value.clone());
+        }
+        self
+    }
+
+    /// What becomes of a message for which a handler of the group failed. Refused when the group is registered with
+    /// a service one of whose transporters cannot honour it (see [`transport`](Self::transport)). Default: what the
+    /// server says.
+    #[must_use]
+    pub fn on_failure(mut self, policy: FailurePolicy) -> Self {
+        for (info, _) in &mut self.handlers {
+            info.on_failure = Some(policy);
         }
         self
     }

@@ -19,6 +19,7 @@ use crate::request::MessageKind;
 use crate::responder::{Cancellation, Gone, ReplySink, SlotKey};
 use crate::route::RouteTable;
 use crate::session::{Abandoned, SessionControl};
+use crate::settlement::{FailurePolicy, LastResort};
 use crate::transport::{Outbound, Settlement, TransportInfo};
 
 /// How many packets may wait in the out-queue before streams wait.
@@ -48,6 +49,7 @@ pub(crate) struct Slot<R> {
     /// Handlers that have not ended; more than one for a chain of event handlers.
     pub(crate) remaining: u32,
     pub(crate) failed: bool,
+    pub(crate) on_failure: Option<FailurePolicy>,
     pub(crate) cancelled: bool,
     pub(crate) tasks: Vec<AbortHandle>,
     pub(crate) cancellation: Option<Cancellation>,
@@ -67,6 +69,7 @@ impl<R: Clone + Send + 'static> Shared<R> {
         id: Raw,
         route: u32,
         handlers: u32,
+        on_failure: Option<FailurePolicy>,
     ) -> SlotKey {
         let mut inner = self.inner.lock();
         inner.generation = inner.generation.wrapping_add(1);
@@ -79,11 +82,27 @@ impl<R: Clone + Send + 'static> Shared<R> {
             route: SlotRoute::At(route),
             remaining: handlers,
             failed: false,
+            on_failure,
             cancelled: false,
             tasks: Vec::new(),
             cancellation: None,
         });
         SlotKey { index: index as u32, generation }
+    }
+}
+
+impl<R> Slot<R> {
+    /// How its delivery ended.
+    fn settlement(&self) -> Settlement {
+        match (self.failed, self.on_failure.as_ref().map(FailurePolicy::last_resort)) {
+            (false, _) => Settlement::Done,
+            (true, None) => Settlement::Failed,
+            // Its caller has been answered.
+            (true, Some(LastResort::Requeue)) if self.kind == MessageKind::Request => Settlement::Done,
+            (true, Some(LastResort::Requeue)) => Settlement::Requeue,
+            (true, Some(LastResort::DeadLetter)) => Settlement::DeadLetter,
+            (true, Some(LastResort::Discard)) => Settlement::Discard,
+        }
     }
 }
 
@@ -118,10 +137,8 @@ impl<R: Clone + Send + 'static> ReplySink for Shared<R> {
             }
             let slot = inner.slots.remove(key.index as usize);
             self.control.answered.fetch_add(1, Ordering::Relaxed);
-            let settle = (self.settles && !closed).then(|| Outbound::Settle {
-                delivery: slot.reply_to.clone(),
-                settlement: if slot.failed { Settlement::Failed } else { Settlement::Done },
-            });
+            let settle = (self.settles && !closed)
+                .then(|| Outbound::Settle { delivery: slot.reply_to.clone(), settlement: slot.settlement() });
             if speak {
                 inner.out.push(Outbound::Response { reply_to: slot.reply_to, id: slot.id, body, headers });
             }

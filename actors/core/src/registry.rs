@@ -19,7 +19,9 @@ use crate::handler::{EscalateFn, HandlerGroup, Placement, ReplicaContext};
 use crate::interceptor::Interceptor;
 use crate::pattern::Route;
 use crate::replica::{BUILD_TIMEOUT, HandlerActor};
-use crate::route::{HandlerKind, HandlerRef, HandlerReport, HandlerStats, Replicas, RouteEntry, RouteTable};
+use crate::route::{
+    HandlerInfo, HandlerKind, HandlerRef, HandlerReport, HandlerStats, Replicas, RouteEntry, RouteTable,
+};
 use crate::supervise::{Child, Escalation};
 use crate::transport::{TransportId, TransportInfo};
 
@@ -56,6 +58,7 @@ impl Registry {
             escalate,
             groups: Vec::new(),
             tables: HashMap::new(),
+            transports: Vec::new(),
             next: 0,
         };
         Self { actor: actor.start() }
@@ -98,7 +101,7 @@ impl Registry {
         &self,
         transport: TransportInfo,
     ) -> Result<watch::Receiver<Arc<RouteTable>>, StartError> {
-        self.actor.send(Watch { transport: transport.id }).await.map_err(|_| StartError::Stopped)
+        self.actor.send(Watch { transport }).await.map_err(|_| StartError::Stopped)?
     }
 }
 
@@ -111,6 +114,8 @@ pub(crate) struct RegistryActor {
     escalate: EscalateFn,
     groups: Vec<Registered>,
     tables: HashMap<TransportId, watch::Sender<Arc<RouteTable>>>,
+    /// What the servers speak.
+    transports: Vec<TransportInfo>,
     next: u64,
 }
 
@@ -134,9 +139,9 @@ struct Unregister {
 }
 
 #[derive(Message)]
-#[rtype(result = "watch::Receiver<Arc<RouteTable>>")]
+#[rtype(result = "Result<watch::Receiver<Arc<RouteTable>>, StartError>")]
 struct Watch {
-    transport: TransportId,
+    transport: TransportInfo,
 }
 
 #[derive(Message)]
@@ -193,10 +198,18 @@ impl Handler<Watch> for RegistryActor {
     type Result = actix::MessageResult<Watch>;
 
     fn handle(&mut self, Watch { transport }: Watch, _ctx: &mut Self::Context) -> Self::Result {
-        let table = Arc::new(self.table(transport));
-        let sender = self.tables.entry(transport).or_insert_with(|| watch::Sender::new(Arc::default()));
+        let infos = self.groups.iter().flat_map(|group| &group.handlers).map(|handler| &handler.info);
+        if let Err(error) = check_policies(infos, &transport) {
+            return actix::MessageResult(Err(error));
+        }
+        let id = transport.id;
+        if !self.transports.iter().any(|known| known.id == id && known.settles == transport.settles) {
+            self.transports.push(transport);
+        }
+        let table = Arc::new(self.table(id));
+        let sender = self.tables.entry(id).or_insert_with(|| watch::Sender::new(Arc::default()));
         sender.send_replace(table);
-        actix::MessageResult(sender.subscribe())
+        actix::MessageResult(Ok(sender.subscribe()))
     }
 }
 
@@ -236,6 +249,9 @@ impl RegistryActor {
             }
             others.push(info);
         }
+        for transport in &self.transports {
+            check_policies(groups.iter().flat_map(HandlerGroup::handlers), transport)?;
+        }
         Ok(())
     }
 
@@ -274,6 +290,23 @@ impl RegistryActor {
         }
         RouteTable::build(entries)
     }
+}
+
+/// Refuses a handler's failure policy that a transporter which serves it cannot honour.
+fn check_policies<'a>(
+    handlers: impl Iterator<Item = &'a HandlerInfo>,
+    transport: &TransportInfo,
+) -> Result<(), StartError> {
+    for info in handlers.filter(|info| info.transport.is_none_or(|only| only == transport.id)) {
+        if let Some(reason) = info.on_failure.as_ref().and_then(|policy| transport.settles.refuses(policy)) {
+            return Err(StartError::FailurePolicy {
+                of: format!("handler {}", info.place()),
+                transport: transport.name.to_string(),
+                reason,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Builds the replicas of every group on their arbiters.

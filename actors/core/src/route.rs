@@ -14,6 +14,7 @@ use serde::Serialize;
 use crate::pattern::{Pattern, Route, route_of_incoming};
 use crate::payload::Format;
 use crate::replica::InvokeBatch;
+use crate::settlement::FailurePolicy;
 use crate::transport::{Subscription, TransportId};
 
 /// Whether a handler answers.
@@ -43,6 +44,8 @@ pub struct HandlerInfo {
     pub extras: Arc<serde_json::Map<String, serde_json::Value>>,
     /// How many of its requests run at once on one replica; `None` for no bound of its own.
     pub concurrency: Option<usize>,
+    /// What becomes of a message for which it failed; `None` for what the server says.
+    pub on_failure: Option<FailurePolicy>,
 }
 
 impl HandlerInfo {
@@ -57,6 +60,7 @@ impl HandlerInfo {
             transport: None,
             extras: Arc::default(),
             concurrency: None,
+            on_failure: None,
         }
     }
 

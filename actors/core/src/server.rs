@@ -36,6 +36,7 @@ use crate::route::RouteTable;
 use crate::session::{
     Abandoned, ServerEnv, SessionControl, SessionEnv, SessionExit, SessionLimits, run_session,
 };
+use crate::settlement::FailurePolicy;
 use crate::status::{ConnectionStatus, StatusCell};
 use crate::supervise::{Child, ChildState, panic_text};
 use crate::transport::{Accept, ContextData, Dial, Listen, Open, Role, Session, SessionPlan, TransportInfo};
@@ -65,6 +66,9 @@ pub struct ServerOptions {
     /// How long stopping may take, where that is less than what the service allows. Default: what the
     /// service allows.
     pub grace_period: Option<Duration>,
+    /// What becomes of a message whose handler failed, where its handler has no policy of its own. Refused at
+    /// start where the transporter cannot honour it. Default: what NestJS does.
+    pub on_failure: Option<FailurePolicy>,
     /// How long one attempt to connect to a broker may take. Default 10 s.
     pub connect_timeout: Duration,
     /// How long an accepted peer may take for its handshake (TLS). Default 10 s.
@@ -81,6 +85,7 @@ impl Default for ServerOptions {
             retry_first: true,
             retry_delay: BackoffOptions::default(),
             grace_period: None,
+            on_failure: None,
             connect_timeout: Duration::from_secs(10),
             handshake_timeout: Duration::from_secs(10),
         }
@@ -92,6 +97,7 @@ impl ServerOptions {
         SessionLimits {
             max_in_flight: self.max_in_flight.max(1),
             high_water_bytes: self.high_water_bytes.max(1),
+            on_failure: self.on_failure,
             ..SessionLimits::default()
         }
     }
@@ -355,6 +361,15 @@ async fn launch(
     OwnScope { interceptors, inherit }: OwnScope,
     drive: Drive,
 ) -> Result<ServerHandle, StartError> {
+    if let Some(policy) = &options.on_failure
+        && let Some(reason) = info.settles.refuses(policy)
+    {
+        return Err(StartError::FailurePolicy {
+            of: "the server".to_owned(),
+            transport: info.name.to_string(),
+            reason,
+        });
+    }
     let tables = env.registry.watch(info.clone()).await?;
     let (ready, started) = oneshot::channel();
     let scope =

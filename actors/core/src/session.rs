@@ -33,6 +33,7 @@ use crate::replica::{Invoke, InvokeBatch, overloaded};
 use crate::request::{MessageKind, Parts, Request, Scope, ServerScope, TIMEOUT_KEY};
 use crate::responder::{ChainSink, ReplySink, Responder};
 use crate::route::{Counter, HandlerRef, RouteTable};
+use crate::settlement::{FailurePolicy, Settles};
 use crate::transport::{
     Delivery, Inbound, Outbound, PatternKey, Session, SessionReader, SessionWriter, Settlement,
     TransportInfo, WriteError,
@@ -52,6 +53,8 @@ pub(crate) struct SessionLimits {
     /// How long the requests of a peer that has closed its side may still take; NestJS drops them at once.
     /// Default 1 s: a NestJS client that closes waits for the other side to close, too.
     pub half_close: Duration,
+    /// What becomes of a message whose handler failed and has no policy of its own. Default: what NestJS does.
+    pub on_failure: Option<FailurePolicy>,
 }
 
 impl Default for SessionLimits {
@@ -61,6 +64,7 @@ impl Default for SessionLimits {
             high_water_bytes: 256 * 1024,
             linger: Duration::from_secs(1),
             half_close: Duration::from_secs(1),
+            on_failure: None,
         }
     }
 }
@@ -192,7 +196,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
     let (reader, writer) = session.split();
     let shared = Arc::new(Shared {
         control: Arc::clone(&env.control),
-        settles: env.transport.settles,
+        settles: env.transport.settles.is_needed(),
         inner: Mutex::new(Inner {
             slots: Slab::new(),
             generation: 0,
@@ -335,7 +339,7 @@ impl<S: Session> Loop<S> {
     fn finish(&mut self, cx: &mut Context<'_>, flushed: bool) -> Poll<Result<(), SessionError>> {
         let abandon = self.env.control.abandon.load(Ordering::Acquire);
         let calls_done = self.env.client.as_ref().is_none_or(|client| client.is_idle());
-        if abandon && self.env.transport.settles {
+        if abandon && self.env.transport.settles.is_needed() {
             self.hand_back()?;
         }
         if abandon {
@@ -600,7 +604,14 @@ impl<S: Session> Loop<S> {
             (_, _, events) => events,
         };
         let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };
-        let slot = self.shared.admit(kind, reply_to, id.unwrap_or_default(), entry.index, handlers);
+        let on_failure = match self.env.transport.settles {
+            Settles::Never(_) => None,
+            Settles::Results { .. } => {
+                chain.iter().find_map(|handler| handler.info.on_failure).or(self.env.limits.on_failure)
+            }
+        };
+        let id = id.unwrap_or_default();
+        let slot = self.shared.admit(kind, reply_to, id, entry.index, handlers, on_failure);
         self.env.control.admitted.add(1);
         let Some(scope) = &self.scope else { return Ok(()) };
         let request = Request(Box::new(Parts {
@@ -704,7 +715,7 @@ impl<S: Session> Loop<S> {
             }
             _ => self.env.events.emit(ServiceEvent::NoEventHandler { transport, pattern }),
         }
-        if self.env.transport.settles {
+        if self.env.transport.settles.is_needed() {
             self.write(Outbound::Settle { delivery: delivery.reply_to, settlement: Settlement::Unhandled })?;
         }
         Ok(())

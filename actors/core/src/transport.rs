@@ -23,6 +23,7 @@ use crate::pattern::{Pattern, Route};
 use crate::payload::{Format, Payload};
 use crate::request::TIMEOUT_KEY;
 use crate::route::HandlerKind;
+use crate::settlement::Settles;
 
 /// The transporter-specific context of a message, handed to extractors that know its type.
 pub type ContextData = Arc<dyn Any + Send + Sync>;
@@ -64,8 +65,9 @@ pub struct TransportInfo {
     pub name: Arc<str>,
     /// Whether it delivers by subscription (a broker), so that it must learn the routes.
     pub subscribes: bool,
-    /// Whether the runtime must report how each delivery ended ([`Outbound::Settle`]).
-    pub settles: bool,
+    /// Whether the runtime must report how each delivery ended ([`Outbound::Settle`]), and what can be made of a
+    /// failure.
+    pub settles: Settles,
     /// Format of the payloads it carries.
     pub format: Format,
 }
@@ -73,7 +75,8 @@ pub struct TransportInfo {
 impl TransportInfo {
     /// A transporter that carries JSON, accepts peers and acknowledges nothing.
     pub fn new(id: TransportId, name: &str) -> Self {
-        Self { id, name: Arc::from(name), subscribes: false, settles: false, format: Format::Json }
+        let settles = Settles::Never("this transporter has no acknowledgement");
+        Self { id, name: Arc::from(name), subscribes: false, settles, format: Format::Json }
     }
 }
 
@@ -237,8 +240,14 @@ impl OutboundMessage {
 pub enum Settlement {
     /// Every handler finished without an error.
     Done,
-    /// A handler failed.
+    /// A handler failed, and there is no [`FailurePolicy`](crate::settlement::FailurePolicy): what NestJS does.
     Failed,
+    /// A handler failed: another delivery, to whomever.
+    Requeue,
+    /// A handler failed: to the dead-letter exchange.
+    DeadLetter,
+    /// A handler failed: gone, as if it had not.
+    Discard,
     /// Nobody handles it.
     Unhandled,
     /// It was abandoned (drain, restart): another consumer may take it.

@@ -3,7 +3,6 @@
 //!
 //! Durations are numbers of milliseconds in configuration files.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,8 +12,9 @@ use martlet_core::Headers;
 use martlet_core::backoff::BackoffOptions;
 use martlet_core::client::ClientOptions;
 use martlet_core::codec::{Codec, JsonCodec};
+use martlet_core::options::{header_lines, millis, one_or_many, optional_millis};
 use martlet_core::server::ServerOptions;
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 
 /// TLS towards the broker. Present means required; the broker's own demand for TLS is met with or without
 /// it.
@@ -71,117 +71,7 @@ pub struct ServicesDiscovery {
     pub description: String,
 }
 
-/// Defines both options types from one list of common options and one list each of their own.
-macro_rules! sides {
-    (
-        common { $($common:tt)* }
-        $(#[$server_doc:meta])* server $server:ident { $($server_own:tt)* } from code { $($server_code:tt)* }
-        $(#[$client_doc:meta])* client $client:ident { $($client_own:tt)* } from code { $($client_code:tt)* }
-    ) => {
-        side! { $(#[$server_doc])* pub struct $server { $($common)* $($server_own)* } from code { $($server_code)* } }
-        side! { $(#[$client_doc])* pub struct $client { $($common)* $($client_own)* } from code { $($client_code)* } }
-        common! { $server $client { $($common)* } }
-    };
-}
-
-macro_rules! side {
-    (
-        $(#[$doc:meta])*
-        pub struct $name:ident {
-            $(
-                $(#[doc = $text:literal])+
-                $(#[serde($($serde:tt)*)])?
-                $key:literal $field:ident: $type:ty = $default:expr,
-                    ($argument:ty) |$value:ident| $set:expr;
-            )*
-        }
-        from code {
-            $($(#[doc = $code_text:literal])+ $code:ident: $code_type:ty = $code_default:expr;)*
-        }
-    ) => {
-        $(#[$doc])*
-        #[derive(Clone, Deserialize)]
-        #[serde(default, deny_unknown_fields)]
-        #[non_exhaustive]
-        pub struct $name {
-            $(
-                $(#[doc = $text])+
-                #[serde(rename = $key $(, $($serde)*)?)]
-                pub $field: $type,
-            )*
-            $(
-                $(#[doc = $code_text])+
-                #[serde(skip)]
-                pub $code: $code_type,
-            )*
-        }
-
-        impl Default for $name {
-            fn default() -> Self {
-                Self { $($field: $default,)* $($code: $code_default,)* }
-            }
-        }
-
-        impl $name {
-            /// The names of the options, as configuration files have them.
-            pub const OPTION_KEYS: &'static [&'static str] = &[$($key),*];
-
-            /// The defaults.
-            pub fn new() -> Self {
-                Self::default()
-            }
-
-            $(
-                $(#[doc = $text])+
-                #[must_use]
-                pub fn $field(mut self, $value: $argument) -> Self {
-                    self.$field = $set;
-                    self
-                }
-            )*
-
-            $(
-                $(#[doc = $code_text])+
-                #[must_use]
-                pub fn $code(mut self, $code: $code_type) -> Self {
-                    self.$code = $code;
-                    self
-                }
-            )*
-        }
-    };
-}
-
-macro_rules! common {
-    ($server:ident $client:ident {
-        $(
-            $(#[doc = $text:literal])+
-            $(#[serde($($serde:tt)*)])?
-            $key:literal $field:ident: $type:ty = $default:expr,
-                ($argument:ty) |$value:ident| $set:expr;
-        )*
-    }) => {
-        /// What both sides need to make a session.
-        #[derive(Clone)]
-        pub(crate) struct Common {
-            $(pub(crate) $field: $type,)*
-        }
-
-        impl $server {
-            pub(crate) fn common(&self) -> Common {
-                Common { $($field: self.$field.clone(),)* }
-            }
-        }
-
-        impl $client {
-            pub(crate) fn common(&self) -> Common {
-                Common { $($field: self.$field.clone(),)* }
-            }
-        }
-    };
-}
-
-sides! {
+martlet_core::transport_options! {
     common {
         /// The brokers' addresses, tried in order: `nats://host:4222`, `tls://host`, or `host:port`; user and
         /// password may be in the URL. In configuration: one text (commas separate) or a list. Default
@@ -391,55 +281,4 @@ pub(crate) fn without_secrets(url: &str) -> String {
     let (scheme, rest) = url.split_once("://").unwrap_or(("nats", url));
     let host = rest.rsplit_once('@').map_or(rest, |(_, host)| host);
     format!("{scheme}://{host}")
-}
-
-// === configuration forms ===
-
-mod millis {
-    use super::{Deserialize, Deserializer, Duration};
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-        u64::deserialize(deserializer).map(Duration::from_millis)
-    }
-}
-
-mod optional_millis {
-    use super::{Deserialize, Deserializer, Duration};
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Option<Duration>, D::Error> {
-        Ok(Option::<u64>::deserialize(deserializer)?.map(Duration::from_millis))
-    }
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(String),
-    Many(Vec<String>),
-}
-
-fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
-    Ok(match OneOrMany::deserialize(deserializer)? {
-        OneOrMany::One(text) => text
-            .split(',')
-            .map(|server| server.trim().to_owned())
-            .filter(|server| !server.is_empty())
-            .collect(),
-        OneOrMany::Many(servers) => servers,
-    })
-}
-
-fn header_lines<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Headers, D::Error> {
-    let mut headers = Headers::new();
-    for (name, values) in BTreeMap::<String, OneOrMany>::deserialize(deserializer)? {
-        match values {
-            OneOrMany::One(value) => headers.append(name, value),
-            OneOrMany::Many(values) => {
-                values.into_iter().for_each(|value| headers.append(name.clone(), value));
-            }
-        }
-    }
-    Ok(headers)
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use martlet_core::backoff::BackoffOptions;
 use martlet_core::codec::{Codec, JsonCodec};
+use martlet_core::options::millis;
 use martlet_core::{ClientOptions, ServerOptions};
 use serde::{Deserialize, Serialize};
 
@@ -15,20 +16,6 @@ use crate::wire::{Framing, NestFraming};
 
 /// NestJS's default port.
 pub const DEFAULT_PORT: u16 = 3000;
-
-mod millis {
-    use std::time::Duration;
-
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_u64(value.as_millis().try_into().unwrap_or(u64::MAX))
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-        u64::deserialize(deserializer).map(Duration::from_millis)
-    }
-}
 
 /// How packets become bytes, and bytes frames.
 #[derive(Clone)]

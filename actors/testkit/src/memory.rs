@@ -48,6 +48,7 @@ use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use martlet_core::codec::{Codec, JsonCodec};
+use martlet_core::settlement::Settles;
 use martlet_core::transport::{Accept, Dial, Listen, Open, Role, SessionPlan};
 use martlet_core::{
     ClientOptions, ClientProxy, Format, Headers, Route, Server, ServerOptions, SessionError, TransportId,
@@ -186,7 +187,9 @@ impl Net {
         let mut info = TransportInfo::new(TransportId::MEMORY, "memory");
         info.format = self.options.codec.format();
         info.subscribes = self.mode() == Mode::Broker;
-        info.settles = self.mode() == Mode::Broker && self.options.settles;
+        if self.mode() == Mode::Broker && self.options.settles {
+            info.settles = Settles::Results { requeue: true, dead_letter: true };
+        }
         info
     }
 }

@@ -20,6 +20,12 @@ pub struct Settlements {
     pub failed: u64,
     /// Nobody handled it.
     pub unhandled: u64,
+    /// A handler failed, and it was given back.
+    pub requeued: u64,
+    /// A handler failed, and it was dead-lettered.
+    pub dead_lettered: u64,
+    /// A handler failed, and it was discarded.
+    pub discarded: u64,
     /// Given back by a service that stopped.
     pub handed_back: u64,
     /// Delivered once more, because it was handed back or its consumer's connection ended.
@@ -141,6 +147,12 @@ impl Hub {
             Settlement::Done => self.counts.done += 1,
             Settlement::Failed => self.counts.failed += 1,
             Settlement::Unhandled => self.counts.unhandled += 1,
+            Settlement::DeadLetter => self.counts.dead_lettered += 1,
+            Settlement::Discard => self.counts.discarded += 1,
+            Settlement::Requeue => {
+                self.counts.requeued += 1;
+                self.redeliver(tag);
+            }
             _ => {
                 self.counts.handed_back += 1;
                 // Its consumer is stopping; it must not get it again.
