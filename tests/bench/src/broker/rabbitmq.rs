@@ -107,8 +107,7 @@ impl Publisher for RabbitPublisher {
     }
 
     async fn publish(&mut self, packets: Vec<Vec<u8>>) -> Result<()> {
-        let properties =
-            BasicProperties::default().with_headers(FieldTable::default()).with_delivery_mode(1);
+        let properties = BasicProperties::default().with_headers(FieldTable::default()).with_delivery_mode(1);
         let mut confirmed = Vec::with_capacity(packets.len());
         for packet in packets {
             let options = BasicPublishOptions::default();
