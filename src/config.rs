@@ -233,6 +233,12 @@ impl Transport {
         let kind = kind.enabled()?;
         let place = place::options(kind, &parts).map_err(bad)?;
         let mut options = parts.options;
+        let twice = |name: &str| bad(format!("{name} is given twice: before and after the ?"));
+        if !parts.hosts.iter().all(String::is_empty)
+            && let Some(given) = place::names(kind).iter().find(|name| options.contains_key(**name))
+        {
+            return Err(twice(given));
+        }
         if tls {
             let (group, short) = kind.entry().tls;
             let short: Vec<_> = short.iter().filter_map(|name| options.remove_entry(*name)).collect();
@@ -243,7 +249,7 @@ impl Transport {
         }
         for (name, value) in place {
             if options.insert(name.clone(), value).is_some() {
-                return Err(bad(format!("{name} is given twice: before and after the ?")));
+                return Err(twice(&name));
             }
         }
         Ok(Self { kind, options })

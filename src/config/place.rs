@@ -8,6 +8,17 @@ use serde_json::{Map, Value};
 use super::TransportKind;
 use crate::url::{self, TransportUrl};
 
+/// The options that say where a transport is, which a URL does before its `?`.
+pub(super) fn names(kind: TransportKind) -> &'static [&'static str] {
+    match kind {
+        TransportKind::Tcp => &["host", "port"],
+        TransportKind::Redis => &["host", "port", "url"],
+        TransportKind::Nats => &["servers"],
+        TransportKind::Mqtt => &["url"],
+        TransportKind::Rmq => &["urls"],
+    }
+}
+
 /// The options that the place in a URL gives.
 ///
 /// # Errors
