@@ -9,6 +9,8 @@ use bytes::Bytes;
 use lapin::BasicProperties;
 use lapin::types::ShortString;
 use martlet_core::packet::Raw;
+use martlet_core::pattern::route_of_incoming;
+use martlet_core::payload::Format;
 use serde_json::Value;
 
 use crate::settle::{Settler, Verdict};
@@ -36,6 +38,7 @@ use crate::wire;
 /// ```
 pub struct RmqContext {
     pub(crate) pattern: Option<Raw>,
+    pub(crate) format: Format,
     pub(crate) content: Bytes,
     pub(crate) properties: BasicProperties,
     pub(crate) exchange: ShortString,
@@ -98,9 +101,9 @@ impl RmqContext {
     /// The pattern of the message, as text: the concrete one, where the handler's has wildcards.
     pub fn pattern(&self) -> String {
         let raw = self.pattern.as_deref().unwrap_or_default();
-        match serde_json::from_slice::<Value>(raw) {
-            Ok(Value::String(text)) => text,
-            _ => String::from_utf8_lossy(raw).into_owned(),
+        match route_of_incoming(self.format, raw) {
+            Some(route) => route.to_string(),
+            None => String::from_utf8_lossy(raw).into_owned(),
         }
     }
 

@@ -36,11 +36,15 @@ mod address;
 mod client;
 mod context;
 mod dial;
+mod gate;
+mod link;
 pub mod options;
+mod publish;
 mod record;
+mod routes;
 mod server;
+mod session;
 mod settle;
-pub mod stub;
 mod wire;
 
 pub use client::RmqClient;
@@ -51,4 +55,5 @@ pub use options::{
 };
 pub use record::{PROPERTY_PREFIX, RmqRecord, RmqRecordBuilder, RmqRecordOptions};
 pub use server::RmqServer;
+pub use session::{RmqReader, RmqReplyTo, RmqSession, RmqWriter};
 pub use wire::WireError;
