@@ -24,6 +24,7 @@ use crate::error::RpcError;
 use crate::events::EventBus;
 use crate::interceptor::{Interceptor, Interceptors};
 use crate::pattern::Pattern;
+use crate::recycled::Recycled;
 use crate::reply::{HandlerResult, IntoReply, Reply};
 use crate::request::{FromRequest, Request, bad_payload};
 use crate::route::{HandlerInfo, HandlerKind};
@@ -37,6 +38,8 @@ pub enum Outcome {
     Ready(HandlerResult),
     /// It must be waited for.
     Future(LocalBoxFuture<'static, HandlerResult>),
+    /// The same, and it has been polled once, in vain.
+    Started(LocalBoxFuture<'static, HandlerResult>),
 }
 
 impl fmt::Debug for Outcome {
@@ -44,6 +47,7 @@ impl fmt::Debug for Outcome {
         match self {
             Self::Ready(result) => f.debug_tuple("Ready").field(result).finish(),
             Self::Future(_) => f.write_str("Future"),
+            Self::Started(_) => f.write_str("Started"),
         }
     }
 }
@@ -382,7 +386,8 @@ where
         HandlerInfo { location: Location::caller(), ..HandlerInfo::new(Arc::clone(&name), kind, pattern) };
     HandlerGroup::from_parts(name, vec![info], move |_| {
         let handler = handler.clone();
-        vec![Box::new(move |request| Outcome::future(handler.clone().call(request))) as Box<dyn Endpoint>]
+        let futures = Recycled::default();
+        vec![Box::new(move |request| futures.start(handler.clone().call(request))) as Box<dyn Endpoint>]
     })
 }
 

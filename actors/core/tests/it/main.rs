@@ -9,6 +9,7 @@ mod faults;
 mod memory;
 mod packets;
 mod patterns;
+mod settlement;
 mod supervision;
 mod support;
 #[cfg(feature = "tower")]
