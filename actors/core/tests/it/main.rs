@@ -6,6 +6,7 @@
 mod conformance;
 mod edges;
 mod faults;
+mod functions;
 mod memory;
 mod packets;
 mod patterns;
