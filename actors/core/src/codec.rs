@@ -215,7 +215,10 @@ impl Codec for JsonCodec {
     }
 
     fn decode_request_owned(&self, frame: Bytes) -> Result<IncomingPacket, CodecError> {
-        let members = json::members(&frame, &REQUEST).map_err(CodecError::Json)?;
+        let members = match json::nest_request(&frame) {
+            Some(members) => members,
+            None => json::members(&frame, &REQUEST).map_err(CodecError::Json)?,
+        };
         Ok(request(frame, Format::Json, members))
     }
 

@@ -221,6 +221,67 @@ pub fn members<const N: usize>(text: &[u8], names: &[&str; N]) -> Result<Members
     Ok(found)
 }
 
+/// The bytes of the last object that stood as a packet's pattern on this thread: services are called by few patterns,
+/// and an object that was checked once need not be walked again.
+type LastObject = ([u8; LAST_OBJECT_BYTES], u8);
+
+const LAST_OBJECT_BYTES: usize = 62;
+
+thread_local! {
+    static LAST_OBJECT: Cell<LastObject> = const { Cell::new(([0; LAST_OBJECT_BYTES], 0)) };
+}
+
+/// The members `pattern`, `data`, `id`, `metadata` of a packet that is laid out as NestJS lays it out:
+/// `{"pattern":…,"data":…,"id":…}`, with `"metadata":…` before the id or none, without the id for events, and no white
+/// space in between. `None` for anything else, well formed or not: [`members`] decides about that.
+pub(crate) fn nest_request(text: &[u8]) -> Option<Members<4>> {
+    if !text.is_ascii() && std::str::from_utf8(text).is_err() {
+        return None;
+    }
+    let scanner = Scanner { text };
+    let follows = |at: usize, word: &[u8]| text.get(at..)?.starts_with(word).then_some(at + word.len());
+    let value = |at: usize| scanner.value(at).ok();
+    let start = follows(0, b"{\"pattern\":")?;
+    let end = if scanner.at(start) == b'{' { pattern_object(&scanner, start)? } else { value(start)? };
+    let pattern = start..end;
+    let start = follows(end, b",\"data\":")?;
+    let mut end = value(start)?;
+    let data = start..end;
+    let mut metadata = None;
+    if let Some(start) = follows(end, b",\"metadata\":") {
+        end = value(start)?;
+        metadata = Some(start..end);
+    }
+    let mut id = None;
+    if let Some(start) = follows(end, b",\"id\":") {
+        end = value(start)?;
+        id = Some(start..end);
+    }
+    (text.get(end..) == Some(b"}")).then(|| Members {
+        is_object: true,
+        has_others: false,
+        spans: [Some(pattern), Some(data), id, metadata],
+        value: 0..text.len(),
+    })
+}
+
+/// The end of an object that starts at `start`; one that is the same as the last one is not walked.
+fn pattern_object(scanner: &Scanner<'_>, start: usize) -> Option<usize> {
+    let (last, len) = LAST_OBJECT.get();
+    let len = usize::from(len);
+    if len > 0 && scanner.text.get(start..start + len) == last.get(..len) {
+        // An object ends with its brace, whatever follows.
+        return Some(start + len);
+    }
+    let end = scanner.value(start).ok()?;
+    let mut last = [0; LAST_OBJECT_BYTES];
+    if let Some(place) = last.get_mut(..end - start) {
+        place.copy_from_slice(&scanner.text[start..end]);
+        LAST_OBJECT.set((last, (end - start) as u8));
+    }
+    Some(end)
+}
+
 /// Finds one member of a top-level object; `None` if there is none or the value is no object.
 ///
 /// # Errors
@@ -804,6 +865,54 @@ mod tests {
     #[track_caller]
     fn check_written(value: impl Serialize, text: &str) {
         assert_eq!(String::from_utf8(to_vec(&value).unwrap()).unwrap(), text);
+    }
+
+    const NAMES: [&str; 4] = ["pattern", "data", "id", "metadata"];
+
+    #[test]
+    fn what_nestjs_writes_needs_no_second_look() {
+        for text in [
+            r#"{"pattern":{"cmd":"sum"},"data":[1,2],"id":"486f96269bd5729ca8f4d"}"#,
+            r#"{"pattern":{"cmd":"sum"},"data":[1,2],"metadata":{"a":"b"},"id":"x"}"#,
+            r#"{"pattern":"evt","data":{"a":"ü"}}"#,
+            r#"{"pattern":7,"data":null,"metadata":{}}"#,
+        ] {
+            assert_eq!(nest_request(text.as_bytes()), members(text.as_bytes(), &NAMES).ok(), "{text}");
+            assert!(nest_request(text.as_bytes()).is_some(), "{text}");
+        }
+        for text in [
+            r#"{"data":1,"pattern":"a"}"#,
+            r#"{"pattern":"a" ,"data":1}"#,
+            "{}",
+            "7",
+            r#"{"pattern":"a","data":1}}"#,
+        ] {
+            assert_eq!(nest_request(text.as_bytes()), None, "{text}");
+        }
+    }
+
+    proptest! {
+        /// Whatever the short way says, the long way says; each text twice, since objects are remembered.
+        #[test]
+        fn the_short_way_never_contradicts_the_long_one(
+            pattern in r#"(\{"(cmd|c)":"[a-c]{0,3}"\}|"[a-c]*"|[0-9]{1,2})"#,
+            data in r#"(\[1,2\]|\{"x":"y"\}|null|"\\u0061")"#,
+            cut in proptest::option::of(0..60usize),
+            put in proptest::option::of((0..60usize, r#"[{}\[\],:" a1]"#)),
+        ) {
+            let mut text = format!(r#"{{"pattern":{pattern},"data":{data},"id":"486f9"}}"#);
+            if let Some(at) = cut.filter(|at| *at < text.len()) {
+                text.remove(at);
+            }
+            if let Some((at, byte)) = put && at < text.len() {
+                text.insert_str(at, &byte);
+            }
+            for _ in 0..2 {
+                if let Some(found) = nest_request(text.as_bytes()) {
+                    prop_assert_eq!(Ok(found), members(text.as_bytes(), &NAMES));
+                }
+            }
+        }
     }
 
     #[test]
