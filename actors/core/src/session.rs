@@ -33,7 +33,7 @@ use crate::retry::{Retrial, RetryQueue};
 use crate::route::{Counter, HandlerRef, RouteTable};
 use crate::settlement::{FailurePolicy, Settles};
 use crate::transport::{
-    Delivery, Inbound, Outbound, PatternKey, Session, SessionReader, SessionWriter, Settlement,
+    Delivery, Inbound, Outbound, PatternKey, Session, SessionReader, SessionWriter, Settlement, Taken,
     TransportInfo, WriteError,
 };
 
@@ -476,10 +476,14 @@ impl<S: Session> Loop<S> {
         let client = Arc::clone(client);
         while self.writer.pending_bytes() < self.env.limits.high_water_bytes {
             let Some((key, item)) = client.next_outbound() else { return Ok(false) };
-            let is_event = matches!(item, Outbound::Event(_));
-            match self.writer.write(item) {
-                Ok(()) if is_event => client.written(key),
-                Ok(()) => {}
+            let taken = match item {
+                Outbound::Event(message) => self.writer.write_event(message, client.receipt(key)).map(Some),
+                item => self.writer.write(item).map(|()| None),
+            };
+            match taken {
+                Ok(Some(Taken::Written)) => client.written(key),
+                Ok(Some(Taken::Confirming)) => client.confirming(key),
+                Ok(None) => {}
                 Err(WriteError::Item(reason)) => client.refused(key, reason),
                 Err(WriteError::Session(error)) => return Err(error),
             }
@@ -583,6 +587,12 @@ impl<S: Session> Loop<S> {
             Inbound::Unreachable { id } => {
                 if let Some(client) = &self.env.client {
                     client.on_unreachable(id);
+                }
+                Ok(())
+            }
+            Inbound::Confirmed { receipt, refused } => {
+                if let Some(client) = &self.env.client {
+                    client.confirmed(receipt, refused);
                 }
                 Ok(())
             }

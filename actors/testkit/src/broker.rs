@@ -130,12 +130,16 @@ impl BrokerCommand {
             Self::new("rabbitmq-server", "amqp", "apt-get install rabbitmq-server", move |port| {
                 node.write(port, &config, &definitions);
                 let free = || {
-                    let bound = TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
+                    let bound =
+                        TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
                     bound.map(|address| address.port()).unwrap_or_default().to_string()
                 };
                 let folder = node.0.to_string_lossy().into_owned();
                 let values = [folder, port.to_string(), free(), free()];
-                ["-c".to_owned(), START_RABBITMQ.to_owned(), "rabbitmq".to_owned()].into_iter().chain(values).collect()
+                ["-c".to_owned(), START_RABBITMQ.to_owned(), "rabbitmq".to_owned()]
+                    .into_iter()
+                    .chain(values)
+                    .collect()
             });
         command.by_shell = true;
         command.ready_within = Duration::from_secs(60);
