@@ -276,7 +276,11 @@ impl ClientCore {
     }
 
     fn key_of(&self, id: PacketId) -> Option<SlotKey> {
-        let (prefix, generation, index) = PacketId::parse(id.as_str().as_bytes())?;
+        self.key_of_text(id.as_str().as_bytes())
+    }
+
+    fn key_of_text(&self, text: &[u8]) -> Option<SlotKey> {
+        let (prefix, generation, index) = PacketId::parts(text)?;
         (prefix == self.prefix).then_some(SlotKey { index, generation })
     }
 
@@ -313,6 +317,28 @@ impl ClientCore {
         }
     }
 
+    /// What names an event to the transporter, until it has been confirmed.
+    pub(crate) fn receipt(&self, key: SlotKey) -> PacketId {
+        self.id(key)
+    }
+
+    /// The transporter took an event and will say what the broker made of it.
+    pub(crate) fn confirming(&self, key: SlotKey) {
+        if let Some(entry) = self.state.lock().entry(key) {
+            entry.sent = true;
+        }
+    }
+
+    /// What the broker made of an event.
+    pub(crate) fn confirmed(&self, receipt: PacketId, refused: Option<String>) {
+        let Some(key) = self.key_of(receipt) else { return };
+        let outcome = match refused {
+            None => Ok(()),
+            Some(reason) => Err(CallError::NotSent { cause: SessionError::refused(reason) }),
+        };
+        self.state.lock().end(key, outcome);
+    }
+
     /// The transporter cannot put it in wire form.
     pub(crate) fn refused(&self, key: SlotKey, reason: SharedError) {
         self.state.lock().end(key, Err(CallError::Encode(reason)));
@@ -320,7 +346,7 @@ impl ClientCore {
 
     /// A reply arrived.
     pub(crate) fn on_response(&self, packet: ResponsePacket) {
-        let key = packet.id.as_ref().and_then(own_id).and_then(|id| self.key_of(id));
+        let key = packet.id.as_ref().and_then(|raw| self.key_of_text(id_text(raw)));
         let mut state = self.state.lock();
         let state = &mut *state;
         let live = key.filter(|key| {
@@ -535,14 +561,13 @@ impl ClientCore {
     }
 }
 
-/// An id of ours, out of the raw bytes of a reply's `id`: a JSON or MessagePack string.
-fn own_id(raw: &Raw) -> Option<PacketId> {
-    let text = match &**raw {
+/// The text of an id of ours, out of the raw bytes of a reply's `id`: a JSON or MessagePack string.
+fn id_text(raw: &Raw) -> &[u8] {
+    match &**raw {
         [b'"', text @ .., b'"'] if text.len() == PacketId::LEN => text,
         [0xb5, text @ ..] if text.len() == PacketId::LEN => text,
         text => text,
-    };
-    PacketId::from_text(text)
+    }
 }
 
 impl State {

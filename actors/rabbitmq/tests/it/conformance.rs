@@ -2,6 +2,7 @@
 //! The conformance suite over RabbitMQ. Everybody comes to the broker through a relay, which is what is cut.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use martlet_core::codec::{Codec, JsonCodec, MessagePackCodec};
 use martlet_core::{ClientOptions, ClientProxy, FailurePolicy, Server, ServerOptions};
@@ -23,8 +24,9 @@ enum Mode {
 struct Rmq {
     codec: Arc<dyn Codec>,
     mode: Mode,
-    queue: String,
     relay: Relay,
+    /// When the lines were cut last.
+    cut: Option<Instant>,
     _broker: Arc<Broker>,
 }
 
@@ -32,7 +34,7 @@ impl Rmq {
     fn new(codec: impl Codec, mode: Mode) -> Self {
         let broker = shared_broker();
         let relay = Relay::start(broker.port());
-        Self { codec: Arc::new(codec), mode, queue: unique("conformance"), relay, _broker: broker }
+        Self { codec: Arc::new(codec), mode, relay, cut: None, _broker: broker }
     }
 
     fn address(&self) -> [String; 1] {
@@ -51,7 +53,7 @@ impl Harness for Rmq {
     fn server(&mut self, mut options: ServerOptions) -> Server {
         let mut rmq = RmqServerOptions::new()
             .urls(self.address())
-            .queue(&self.queue)
+            .queue(unique("conformance"))
             .wildcards(self.mode == Mode::Wildcards)
             .max_in_flight(options.max_in_flight)
             .codec(Arc::clone(&self.codec));
@@ -64,10 +66,12 @@ impl Harness for Rmq {
         Server::dial(dial, url, options)
     }
 
-    fn client(&mut self, _url: &str, options: ClientOptions) -> ClientProxy {
+    fn client(&mut self, url: &str, options: ClientOptions) -> ClientProxy {
+        // A queue is one service's: the services of one behaviour have different handlers.
+        let queue = url.split_once("?queue=").unwrap().1.split('&').next().unwrap();
         let mut rmq = RmqClientOptions::new()
             .urls(self.address())
-            .queue(&self.queue)
+            .queue(queue)
             .wildcards(self.mode == Mode::Wildcards)
             .codec(Arc::clone(&self.codec))
             .reconnect(options.reconnect)
@@ -79,7 +83,11 @@ impl Harness for Rmq {
     }
 
     fn cut(&mut self) {
-        self.relay.cut();
+        // A session takes four round trips and the declaring: cut more often, there would never be one.
+        if self.cut.is_none_or(|last| last.elapsed() > Duration::from_millis(150)) {
+            self.relay.cut();
+            self.cut = Some(Instant::now());
+        }
     }
 
     fn set_reachable(&mut self, reachable: bool) {
