@@ -651,6 +651,7 @@ impl<'a> Scanner<'a> {
                         at += 1;
                     } else {
                         open.push(false);
+                        at = self.space(self.counts(at));
                         continue;
                     }
                 }
@@ -680,6 +681,20 @@ impl<'a> Scanner<'a> {
                 }
             }
         }
+    }
+
+    /// Steps over the elements of an array, from the first of which `at` is the start, for as long as they are plain
+    /// whole numbers with a comma behind; returns the start of the first that is not.
+    #[inline(always)]
+    fn counts(&self, mut at: usize) -> usize {
+        while let [b'1'..=b'9', rest @ ..] = self.text.get(at..).unwrap_or_default() {
+            let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+            if rest.get(digits) != Some(&b',') {
+                break;
+            }
+            at += digits + 2;
+        }
+        at
     }
 
     /// Steps over a string whose opening quote is just before `at`; also says whether it has escapes.
@@ -903,6 +918,33 @@ mod tests {
     }
 
     const NAMES: [&str; 4] = ["pattern", "data", "id", "metadata"];
+
+    #[test]
+    fn arrays_of_numbers_are_judged_as_serde_json_does() {
+        for text in [
+            "[1,2]",
+            "[1, 2]",
+            "[1 ,2]",
+            "[10,20,-3]",
+            "[1,02]",
+            "[1,2,]",
+            "[1,,2]",
+            "[1,2",
+            "[1,",
+            "[1",
+            "[12.5,1]",
+            "[1,2e3,4]",
+            "[0,1]",
+            "[1,[2,3],4]",
+            "[1,\n\t[2, 3 ]\r]",
+            "[1,x]",
+            "[1,\"2\"]",
+            "[[1,2],[3,4]",
+            "[1,2}}",
+        ] {
+            check_validity(text.as_bytes());
+        }
+    }
 
     #[test]
     fn what_nestjs_writes_needs_no_second_look() {
