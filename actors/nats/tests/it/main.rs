@@ -7,6 +7,7 @@ mod calls;
 mod config;
 mod conformance;
 mod faults;
+mod golden;
 mod lifecycle;
 mod login;
 mod messages;
