@@ -482,6 +482,28 @@ impl ClientCore {
         }
     }
 
+    /// What names an event to the transporter, until it has been confirmed.
+    pub(crate) fn receipt(&self, key: SlotKey) -> PacketId {
+        self.id(key)
+    }
+
+    /// The transporter took an event and will say what the broker made of it.
+    pub(crate) fn confirming(&self, key: SlotKey) {
+        if let Some(entry) = self.state.lock().entry(key) {
+            entry.sent = true;
+        }
+    }
+
+    /// What the broker made of an event.
+    pub(crate) fn confirmed(&self, receipt: PacketId, refused: Option<String>) {
+        let Some(key) = self.key_of(receipt) else { return };
+        let outcome = match refused {
+            None => Ok(()),
+            Some(reason) => Err(CallError::NotSent { cause: SessionError::refused(reason) }),
+        };
+        self.lock().end(key, outcome);
+    }
+
     /// The transporter cannot put it in wire form.
     pub(crate) fn refused(&self, key: SlotKey, reason: SharedError) {
         self.lock().end(key, Err(CallError::Encode(reason)));

@@ -33,7 +33,7 @@ use crate::retry::{Retrial, RetryQueue};
 use crate::route::{Counter, HandlerRef, RouteTable};
 use crate::settlement::{FailurePolicy, Settles};
 use crate::transport::{
-    Delivery, Inbound, Outbound, PatternKey, Session, SessionReader, SessionWriter, Settlement,
+    Delivery, Inbound, Outbound, PatternKey, Session, SessionReader, SessionWriter, Settlement, Taken,
     TransportInfo, WriteError,
 };
 
@@ -495,15 +495,19 @@ impl<S: Session> Loop<S> {
                 && room(&self.writer)
                 && let Some(queued) = out.calls.pop_front()
             {
-                let is_event = queued.kind == CallKind::Event;
-                let written = match queued.live {
-                    true if is_event => self.writer.write(Outbound::Event(queued.message)),
-                    true => self.writer.write(Outbound::Request(queued.message)),
-                    false => continue,
+                if !queued.live {
+                    continue;
+                }
+                let taken = match queued.kind {
+                    CallKind::Event => {
+                        self.writer.write_event(queued.message, client.receipt(queued.key)).map(Some)
+                    }
+                    _ => self.writer.write(Outbound::Request(queued.message)).map(|()| None),
                 };
-                match written {
-                    Ok(()) if is_event => out.written.push(queued.key),
-                    Ok(()) => {}
+                match taken {
+                    Ok(Some(Taken::Written)) => out.written.push(queued.key),
+                    Ok(Some(Taken::Confirming)) => client.confirming(queued.key),
+                    Ok(None) => {}
                     Err(WriteError::Item(reason)) => client.refused(queued.key, reason),
                     Err(WriteError::Session(error)) => {
                         client.lost(queued.key, &error);
@@ -625,6 +629,12 @@ impl<S: Session> Loop<S> {
                 self.send_replies();
                 if let Some(client) = &self.env.client {
                     client.on_unreachable(id);
+                }
+                Ok(())
+            }
+            Inbound::Confirmed { receipt, refused } => {
+                if let Some(client) = &self.env.client {
+                    client.confirmed(receipt, refused);
                 }
                 Ok(())
             }

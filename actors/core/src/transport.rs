@@ -158,6 +158,13 @@ pub enum Inbound<R> {
         /// The raw packet id of the request.
         id: Raw,
     },
+    /// What the broker said to an event for which the writer answered [`Taken::Confirming`].
+    Confirmed {
+        /// As given with the event.
+        receipt: PacketId,
+        /// Why the broker did not take it; `None` if it did.
+        refused: Option<String>,
+    },
     /// Something that cannot be read arrived. It is reported; the session goes on.
     Bad {
         /// What is wrong with it.
@@ -238,8 +245,10 @@ impl OutboundMessage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Settlement {
-    /// Every handler finished without an error.
+    /// Every handler finished without an error, and there is a [`FailurePolicy`](crate::settlement::FailurePolicy).
     Done,
+    /// Every handler finished without an error, and there is no policy: what NestJS does.
+    Finished,
     /// A handler failed, and there is no [`FailurePolicy`](crate::settlement::FailurePolicy): what NestJS does.
     Failed,
     /// A handler failed: another delivery, to whomever.
@@ -393,6 +402,17 @@ pub trait SessionWriter<R>: 'static {
     /// [`WriteError::Item`] refuses this item, [`WriteError::Session`] ends the session.
     fn write(&mut self, item: Outbound<R>) -> Result<(), WriteError>;
 
+    /// Takes an event, as [`write`](Self::write) does. A transporter whose broker confirms says
+    /// [`Taken::Confirming`], and later [`Inbound::Confirmed`] with the same receipt: `emit` resolves then.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write).
+    fn write_event(&mut self, message: OutboundMessage, receipt: PacketId) -> Result<Taken, WriteError> {
+        let _ = receipt;
+        self.write(Outbound::Event(message)).map(|()| Taken::Written)
+    }
+
     /// Moves what was taken towards the wire; ready when nothing is left.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>>;
 
@@ -402,6 +422,15 @@ pub trait SessionWriter<R>: 'static {
 
     /// Flushes and closes this half; ready when done.
     fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>>;
+}
+
+/// How far an event is when the writer has taken it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taken {
+    /// It is as good as sent: nobody will say more.
+    Written,
+    /// The reader will say what the broker made of it.
+    Confirming,
 }
 
 /// Why an item could not be written.
