@@ -34,7 +34,7 @@ Exit codes: 0 every call replied as expected, 1 calls failed or replies were wro
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct BenchArgs {
-    /// The service: tcp://HOST:PORT, tcps://…, nats://HOST:PORT, tls://….
+    /// The service: tcp://HOST:PORT, nats://HOST, redis://HOST, amqp://HOST?queue=NAME, mqtt://HOST ….
     url: String,
     /// Connections to open.
     #[arg(long, short = 'c', default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]

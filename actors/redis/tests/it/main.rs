@@ -1,0 +1,2 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The Redis transporter against a real redis-server, which each test starts on a port of its own.
