@@ -34,13 +34,15 @@ impl Example {
             let mut line = String::new();
             lines.read_line(&mut line).map(|_| line)
         });
-        let example = Self { url, child: RefCell::new(child) };
+        let mut example = Self { url, child: RefCell::new(child) };
         let line = tokio::time::timeout(Duration::from_secs(20), reading).await;
-        let line = line.unwrap_or_else(|_| panic!("the example is not ready: {}", example.url)).unwrap().unwrap();
+        let line =
+            line.unwrap_or_else(|_| panic!("the example is not ready: {}", example.url)).unwrap().unwrap();
         let Some(url) = line.trim().strip_prefix("ready ") else {
             panic!("the example did not start with {}: {line:?}", example.url)
         };
-        Self { url: url.to_owned(), ..example }
+        example.url = url.to_owned();
+        example
     }
 
     /// The port in the URL that it printed.

@@ -35,9 +35,19 @@ behaviours! { TO_NEST:
 /// No JSON, half of it, too deep, the wrong kinds, a huge one; no text at all.
 fn garbage() -> Vec<Value> {
     let mut texts: Vec<String> = [
-        "", "not json", "{", "{\"pattern\":\"echo\",\"data\":[1,", "[]", "null", "17", "\"text\"", "{}",
-        "{\"id\":{\"a\":[1]},\"data\":1}", "{\"pattern\":{\"a\":null},\"data\":{},\"id\":[]}",
-        "{\"pattern\":null,\"id\":0}", "{\"id\":\"\",\"data\":null}",
+        "",
+        "not json",
+        "{",
+        "{\"pattern\":\"echo\",\"data\":[1,",
+        "[]",
+        "null",
+        "17",
+        "\"text\"",
+        "{}",
+        "{\"id\":{\"a\":[1]},\"data\":1}",
+        "{\"pattern\":{\"a\":null},\"data\":{},\"id\":[]}",
+        "{\"pattern\":null,\"id\":0}",
+        "{\"id\":\"\",\"data\":null}",
     ]
     .map(str::to_owned)
     .to_vec();

@@ -123,7 +123,7 @@ pub(crate) struct Pair {
     pub(crate) place: Place,
     pub(crate) brokers: Rc<Brokers>,
     service: Option<Service>,
-    example: Option<Example>,
+    _example: Option<Example>,
     client: Option<ClientProxy>,
 }
 
@@ -164,7 +164,16 @@ impl Pair {
                 nest
             }
         };
-        Self { version, transport, nest, place, brokers: Rc::clone(brokers), service, example, client }
+        Self {
+            version,
+            transport,
+            nest,
+            place,
+            brokers: Rc::clone(brokers),
+            service,
+            _example: example,
+            client,
+        }
     }
 
     /// Runs a test; the NestJS process must not have been disturbed more than the test says itself.
@@ -191,11 +200,6 @@ impl Pair {
     /// Our service, which the NestJS client calls.
     pub(crate) fn ours(&self) -> &Service {
         self.service.as_ref().expect("the test is of the direction to Martlet")
-    }
-
-    /// The process of the example, which the NestJS client calls.
-    pub(crate) fn example(&self) -> &Example {
-        self.example.as_ref().expect("the test is of the direction to the example")
     }
 
     /// Our client, which calls the NestJS service.
@@ -255,8 +259,10 @@ impl Pair {
             let report = service.running.stop(Duration::from_secs(1)).await;
             // `never`, `infinite` and `broadcast` have no end; everything else has.
             let endless = ["never", "infinite", "broadcast"];
-            let left: Vec<_> =
-                report.abandoned().filter(|it| !endless.iter().any(|name| it.route.starts_with(name))).collect();
+            let left: Vec<_> = report
+                .abandoned()
+                .filter(|it| !endless.iter().any(|name| it.route.starts_with(name)))
+                .collect();
             assert!(left.is_empty(), "abandoned: {left:?}");
         }
     }

@@ -9,11 +9,11 @@ use martlet::{Ctx, Data, RpcError, event};
 use martlet_rabbitmq::RmqContext;
 use serde_json::{Value, json};
 
+use crate::behaviours;
 use crate::pair::{Pair, Place, start_service};
 use crate::peer::eventually;
 use crate::service::{Process, Service, cmd};
 use crate::wire::Transport;
-use crate::behaviours;
 
 fn on_rmq(_: u32, transport: Transport) -> bool {
     transport == Transport::Rmq
@@ -148,9 +148,8 @@ async fn through_the_queue(pair: &Pair) {
 
 async fn wildcards_of_the_broker(pair: &Pair) {
     let place = pair.elsewhere().await;
-    let more = ["a.#.c", "#.tail"].map(|pattern| {
-        martlet::message(pattern, move || async move { Ok::<_, RpcError>(pattern) })
-    });
+    let more = ["a.#.c", "#.tail"]
+        .map(|pattern| martlet::message(pattern, move || async move { Ok::<_, RpcError>(pattern) }));
     let service = Service::with("ours", place.transport, place.server(), None, more.to_vec()).await;
     let nest = place.nest(pair.version, "client", &[]).await;
     for address in ["a.c", "a.b.c", "a.b.b.c"] {
@@ -234,7 +233,8 @@ async fn retried(pair: &Pair) {
     let undertaker = Service::with("dead", letters.transport, server, None, vec![collecting]).await;
 
     let place = pair.elsewhere().await.with(json!({ "queueOptions": { "deadLetterExchange": exchange } }));
-    let policy = json!({ "retry": { "attempts": 2, "delay": { "min": 10, "max": 20 }, "then": "deadLetter" } });
+    let policy =
+        json!({ "retry": { "attempts": 2, "delay": { "min": 10, "max": 20 }, "then": "deadLetter" } });
     let server = place.server_with(json!({ "onFailure": policy }));
     let service = Service::with("ours", place.transport, server, None, vec![failing]).await;
     let nest = place.nest(pair.version, "client", &[]).await;

@@ -216,8 +216,7 @@ async fn headers_to_nest(pair: &Pair) {
 }
 
 async fn static_headers_to_nest(pair: &Pair) {
-    let client =
-        pair.place.client_with(static_headers(pair, json!({ "x-static": "s", "x-over": "client" })));
+    let client = pair.place.client_with(static_headers(pair, json!({ "x-static": "s", "x-over": "client" })));
     let seen: Value = client.send("headers", 1).await.unwrap();
     assert_eq!((&seen["x-static"], &seen["x-over"]), (&json!(["s"]), &json!(["client"])), "{seen}");
     let seen: Value = client.send("headers", Record::new(1).header("x-over", "call")).await.unwrap();

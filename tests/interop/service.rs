@@ -10,7 +10,8 @@ use std::time::Duration;
 use futures::stream::{self, StreamExt};
 use martlet::{
     Client, ClientName, ClientProxy, Data, HandlerGroup, Metadata, Microservice, Pattern, Payload, Request,
-    RpcError, RunningService, Server, ServiceEvent, State, Streaming, TransportId, TryStreaming, event, message,
+    RpcError, RunningService, Server, ServiceEvent, State, Streaming, TransportId, TryStreaming, event,
+    message,
 };
 use martlet_mqtt::MqttContext;
 use martlet_nats::NatsContext;

@@ -369,7 +369,10 @@ async fn wildcard_sums(pair: &Pair) {
 }
 
 async fn broadcast(pair: &Pair) {
-    let pattern = pair.wire().wildcards.map_or_else(|| "broadcast.test".to_owned(), |it| it.join(&["broadcast", "test"]));
+    let pattern = pair
+        .wire()
+        .wildcards
+        .map_or_else(|| "broadcast.test".to_owned(), |it| it.join(&["broadcast", "test"]));
     let other = pair.place.nest(pair.version, "server", &["--name", "other"]).await;
     let mut replies = pair.client().send::<i64>(pattern, 1).stream();
     assert_eq!(replies.next().await.unwrap().unwrap(), 1);

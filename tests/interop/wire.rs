@@ -126,7 +126,14 @@ const TABLE: [Wire; 9] = [
         big: 900_000,
         ..Wire::TCP
     },
-    Wire { transport: Transport::Redis, name: "redis", title: "Redis", wildcards: None, server: "{}", ..REDIS },
+    Wire {
+        transport: Transport::Redis,
+        name: "redis",
+        title: "Redis",
+        wildcards: None,
+        server: "{}",
+        ..REDIS
+    },
     REDIS,
     RMQ,
     Wire {
@@ -317,7 +324,9 @@ fn read<T: DeserializeOwned>(options: Value) -> T {
 }
 
 pub(crate) fn lay_over(options: &mut Value, more: Value) {
-    let (Value::Object(options), Value::Object(more)) = (options, more) else { panic!("options are objects") };
+    let (Value::Object(options), Value::Object(more)) = (options, more) else {
+        panic!("options are objects")
+    };
     let more: Map<String, Value> = more;
     options.extend(more);
 }

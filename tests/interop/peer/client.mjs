@@ -81,7 +81,7 @@ export async function runClient(nest, flags, control) {
   };
 
   /** `n` sends, at most `inFlight` at a time; call `i` sends `[i, 1, 2]` and must get the one item `i + 3`. */
-  const batch = async ({ pattern = { cmd: 'sum' }, n, inFlight = n, check = 'sum', timeout }) => {
+  const batch = async ({ pattern = { cmd: 'sum' }, n, inFlight = n, check = 'sum', timeout, giveUp = Infinity }) => {
     const expected = { sum: (i) => i + 3, echo: (i) => ({ i, pad: '😀'.repeat(i % 7) }) }[check];
     if (expected === undefined) throw new Error('check must be sum or echo');
     if (!(Number.isInteger(n) && n > 0 && inFlight > 0)) throw new Error('n and inFlight must be positive');
@@ -91,7 +91,7 @@ export async function runClient(nest, flags, control) {
     const total = { n, ok: 0, wrong: 0, failed: 0, timedOut: 0, errors: {} };
     let next = 0;
     const worker = async () => {
-      while (next < n) {
+      while (next < n && total.timedOut < giveUp) {
         const i = next++;
         const data = check === 'sum' ? [i, 1, 2] : expected(i);
         const got = await send({ pattern, data, timeout });
