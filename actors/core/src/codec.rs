@@ -11,6 +11,7 @@ use crate::msgpack;
 pub use crate::packet::{INTERNAL_ERROR_TEXT, NO_HANDLER_TEXT};
 use crate::packet::{IncomingPacket, OutgoingPacket, PatternText, Raw, ResponseBody, ResponsePacket};
 use crate::payload::{EncodeError, Format, Payload};
+use crate::transport::PacketId;
 
 /// Turns packets into bytes and back. The bytes are one message; framing is the transporter's business.
 ///
@@ -65,6 +66,15 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     /// [`CodecError::Json`] or [`CodecError::MessagePack`] if the frame is not one value; see
     /// [`CodecError::is_malformed`].
     fn decode_response(&self, frame: &Bytes) -> Result<ResponsePacket, CodecError>;
+
+    /// As [`Codec::decode_response`], for a frame that is not needed any more: the payload can take it over.
+    ///
+    /// # Errors
+    ///
+    /// As [`Codec::decode_response`].
+    fn decode_response_owned(&self, frame: Bytes) -> Result<ResponsePacket, CodecError> {
+        self.decode_response(&frame)
+    }
 
     /// Writes a reply. `id` is a raw value in the codec's format and copied as it is.
     ///
@@ -169,6 +179,21 @@ fn response(frame: &Bytes, format: Format, members: Members<5>, rules: &ValueRul
     }
 }
 
+/// The spans of the value and the id of a reply that is written as NestJS and Martlet write nearly all of theirs:
+/// one value, the last one, and an id of ours. What this does not know is read member by member.
+fn usual_response(frame: &[u8]) -> Option<(json::Span, json::Span)> {
+    const HEAD: &[u8] = b"{\"response\":";
+    const MIDDLE: &[u8] = b",\"isDisposed\":true,\"id\":";
+    let id = frame.len().checked_sub(PacketId::LEN + 3)?..frame.len() - 1;
+    let [b'"', text @ .., b'"', b'}'] = frame.get(id.start..)? else { return None };
+    let value = HEAD.len()..id.start.checked_sub(MIDDLE.len())?;
+    let usual = frame.starts_with(HEAD)
+        && frame.get(value.end..id.start)? == MIDDLE
+        && PacketId::parts(text).is_some()
+        && json::is_value(frame, &value);
+    usual.then_some((value, id))
+}
+
 /// How one format tells what matters to replies.
 struct ValueRules {
     truthy: fn(&[u8]) -> bool,
@@ -215,7 +240,10 @@ impl Codec for JsonCodec {
     }
 
     fn decode_request_owned(&self, frame: Bytes) -> Result<IncomingPacket, CodecError> {
-        let members = json::members(&frame, &REQUEST).map_err(CodecError::Json)?;
+        let members = match json::nest_request(&frame) {
+            Some(members) => members,
+            None => json::members(&frame, &REQUEST).map_err(CodecError::Json)?,
+        };
         Ok(request(frame, Format::Json, members))
     }
 
@@ -232,7 +260,12 @@ impl Codec for JsonCodec {
         }
         if let Some(metadata) = packet.metadata {
             out.put_slice(b",\"metadata\":");
-            json::write(out, metadata).map_err(|source| EncodeError::new(Format::Json, source))?;
+            match metadata.json_text() {
+                Some(text) => out.put_slice(text.as_bytes()),
+                None => {
+                    json::write(out, metadata).map_err(|source| EncodeError::new(Format::Json, source))?;
+                }
+            }
         }
         if let Some(id) = packet.id {
             out.put_slice(b",\"id\":");
@@ -243,8 +276,17 @@ impl Codec for JsonCodec {
     }
 
     fn decode_response(&self, frame: &Bytes) -> Result<ResponsePacket, CodecError> {
-        let members = json::members(frame, &RESPONSE).map_err(CodecError::Json)?;
-        Ok(response(frame, Format::Json, members, &JSON_RULES))
+        self.decode_response_owned(frame.clone())
+    }
+
+    fn decode_response_owned(&self, frame: Bytes) -> Result<ResponsePacket, CodecError> {
+        if let Some((value, id)) = usual_response(&frame) {
+            let id = Raw::slice(&frame, id);
+            let body = ResponseBody::Last(Some(into_payload(frame, Format::Json, value)));
+            return Ok(ResponsePacket { id: Some(id), status: None, body, foreign: false });
+        }
+        let members = json::members(&frame, &RESPONSE).map_err(CodecError::Json)?;
+        Ok(response(&frame, Format::Json, members, &JSON_RULES))
     }
 
     fn encode_response(

@@ -276,7 +276,11 @@ impl ClientCore {
     }
 
     fn key_of(&self, id: PacketId) -> Option<SlotKey> {
-        let (prefix, generation, index) = PacketId::parse(id.as_str().as_bytes())?;
+        self.key_of_text(id.as_str().as_bytes())
+    }
+
+    fn key_of_text(&self, text: &[u8]) -> Option<SlotKey> {
+        let (prefix, generation, index) = PacketId::parts(text)?;
         (prefix == self.prefix).then_some(SlotKey { index, generation })
     }
 
@@ -320,7 +324,7 @@ impl ClientCore {
 
     /// A reply arrived.
     pub(crate) fn on_response(&self, packet: ResponsePacket) {
-        let key = packet.id.as_ref().and_then(own_id).and_then(|id| self.key_of(id));
+        let key = packet.id.as_ref().and_then(|raw| self.key_of_text(id_text(raw)));
         let mut state = self.state.lock();
         let state = &mut *state;
         let live = key.filter(|key| {
@@ -535,14 +539,13 @@ impl ClientCore {
     }
 }
 
-/// An id of ours, out of the raw bytes of a reply's `id`: a JSON or MessagePack string.
-fn own_id(raw: &Raw) -> Option<PacketId> {
-    let text = match &**raw {
+/// The text of an id of ours, out of the raw bytes of a reply's `id`: a JSON or MessagePack string.
+fn id_text(raw: &Raw) -> &[u8] {
+    match &**raw {
         [b'"', text @ .., b'"'] if text.len() == PacketId::LEN => text,
         [0xb5, text @ ..] if text.len() == PacketId::LEN => text,
         text => text,
-    };
-    PacketId::from_text(text)
+    }
 }
 
 impl State {

@@ -19,7 +19,7 @@ use crate::responder::{Cancellation, Finished, Gone, ReplySink, SlotKey};
 use crate::retry::Retrial;
 use crate::route::RouteTable;
 use crate::session::{Abandoned, SessionControl};
-use crate::settlement::{FailurePolicy, LastResort};
+use crate::settlement::LastResort;
 use crate::transport::{Outbound, Settlement, TransportInfo};
 
 /// How many packets may wait in the out-queue before streams wait.
@@ -51,7 +51,8 @@ pub(crate) struct Admission<R> {
     pub(crate) route: u32,
     /// How many handlers it goes to.
     pub(crate) handlers: u32,
-    pub(crate) on_failure: Option<FailurePolicy>,
+    /// What becomes of its message if it fails, when all is tried.
+    pub(crate) on_failure: Option<LastResort>,
     /// What is needed to try it again, if its policy says so.
     pub(crate) retrial: Option<Box<Retrial>>,
 }
@@ -67,11 +68,28 @@ pub(crate) struct Slot<R> {
     pub(crate) failed: bool,
     /// Items of a stream have been sent.
     spoke: bool,
-    on_failure: Option<FailurePolicy>,
+    on_failure: Option<LastResort>,
     pub(crate) retrial: Option<Box<Retrial>>,
     pub(crate) cancelled: bool,
-    pub(crate) tasks: Vec<AbortHandle>,
-    pub(crate) cancellation: Option<Cancellation>,
+    work: Option<Box<Work>>,
+}
+
+/// Who works on a request that was not ready at once.
+#[derive(Default)]
+pub(crate) struct Work {
+    tasks: Vec<AbortHandle>,
+    cancellation: Option<Cancellation>,
+}
+
+impl Work {
+    /// Ends the tasks, and tells whoever follows the request. Aborting drops the handler's future, and with it its
+    /// responder, which frees the slot: the slots must not be locked.
+    pub(crate) fn cancel(&self) {
+        self.tasks.iter().for_each(AbortHandle::abort);
+        if let Some(cancellation) = &self.cancellation {
+            cancellation.cancel();
+        }
+    }
 }
 
 /// What a slot serves: a place in the session's table, or by name once that table was replaced.
@@ -96,9 +114,17 @@ impl<R> Shared<R> {
 }
 
 impl<R> Slot<R> {
+    /// Marks it as cancelled; whoever works on it is to be told.
+    pub(crate) fn cancel(&mut self) -> Option<Box<Work>> {
+        self.cancelled = true;
+        let work = self.work.as_mut()?;
+        let told = Work { tasks: std::mem::take(&mut work.tasks), cancellation: work.cancellation.clone() };
+        Some(Box::new(told))
+    }
+
     /// How its delivery ended.
     fn settlement(&self) -> Settlement {
-        match (self.failed, self.on_failure.as_ref().map(FailurePolicy::last_resort)) {
+        match (self.failed, self.on_failure) {
             (false, _) => Settlement::Done,
             (true, None) => Settlement::Failed,
             // Its caller has been answered.
@@ -137,8 +163,7 @@ impl<R> Inner<R> {
             on_failure,
             retrial,
             cancelled: false,
-            tasks: Vec::new(),
-            cancellation: None,
+            work: None,
         });
         SlotKey { index: index as u32, generation }
     }
@@ -245,7 +270,7 @@ impl<R: Clone + Send + 'static> ReplySink for Shared<R> {
         let mut inner = self.inner.lock();
         match inner.slot(key) {
             Some(slot) if slot.cancelled => task.abort(),
-            Some(slot) => slot.tasks.push(task),
+            Some(slot) => slot.work.get_or_insert_default().tasks.push(task),
             None => {}
         }
     }
@@ -254,7 +279,9 @@ impl<R: Clone + Send + 'static> ReplySink for Shared<R> {
         let mut inner = self.inner.lock();
         let live = inner.live(key);
         match inner.slot(key) {
-            Some(slot) if live => slot.cancellation.get_or_insert_default().clone(),
+            Some(slot) if live => {
+                slot.work.get_or_insert_default().cancellation.get_or_insert_default().clone()
+            }
             _ => {
                 let gone = Cancellation::default();
                 gone.cancel();
@@ -280,7 +307,7 @@ impl<R: Clone + Send + 'static> Shared<R> {
         let mut cancellations = Vec::new();
         let mut abandoned = Vec::new();
         for (_, slot) in &inner.slots {
-            cancellations.extend(slot.cancellation.clone());
+            cancellations.extend(slot.work.as_ref().and_then(|work| work.cancellation.clone()));
             let route = match &slot.route {
                 SlotRoute::At(index) => table.route_at(*index),
                 SlotRoute::Named(route) => route.as_ref(),

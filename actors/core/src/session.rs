@@ -17,7 +17,6 @@ use std::time::Duration;
 use actix::prelude::SendError;
 use futures::task::AtomicWaker;
 use tokio::sync::watch;
-use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use crate::correlation::ClientCore;
@@ -421,10 +420,9 @@ impl<S: Session> Loop<S> {
         let mut inner = self.shared.inner.lock();
         let slots: Vec<_> = keys.into_iter().filter_map(|key| inner.remove(key)).collect();
         drop(inner);
-        for slot in slots {
-            slot.tasks.iter().for_each(AbortHandle::abort);
-            if let Some(cancellation) = slot.cancellation {
-                cancellation.cancel();
+        for mut slot in slots {
+            if let Some(work) = slot.cancel() {
+                work.cancel();
             }
             self.handed_back += 1;
             self.env.control.admitted.add(-1);
@@ -613,14 +611,10 @@ impl<S: Session> Loop<S> {
         let mut inner = self.shared.inner.lock();
         let found = inner.slots.iter_mut().find(|(_, slot)| slot.id == *id && !slot.cancelled);
         let Some((_, slot)) = found else { return };
-        slot.cancelled = true;
-        let tasks = std::mem::take(&mut slot.tasks);
-        let cancellation = slot.cancellation.clone();
+        let work = slot.cancel();
         drop(inner);
-        // Aborting drops the handler's future, and with it its responder, which frees the slot.
-        tasks.iter().for_each(AbortHandle::abort);
-        if let Some(cancellation) = cancellation {
-            cancellation.cancel();
+        if let Some(work) = work {
+            work.cancel();
         }
     }
 
@@ -701,6 +695,7 @@ impl<S: Session> Loop<S> {
         let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };
         let id = id.unwrap_or_default();
         let route = entry.index;
+        let on_failure = on_failure.as_ref().map(FailurePolicy::last_resort);
         let admission = Admission { kind, reply_to, id, route, handlers, on_failure, retrial };
         self.env.control.admitted.add(1);
         match chain {
