@@ -384,11 +384,22 @@ impl Transport {
         self
     }
 
-    /// The same transport without the options that only servers have: a client's, of a server there.
+    /// The same transport without the options that only servers have: a client's, from the description of a
+    /// server.
     #[must_use]
-    pub fn for_clients(mut self) -> Self {
-        let (own, others) = (option_keys(self.kind, Side::Client), option_keys(self.kind, Side::Server));
-        self.options.retain(|name, _| own.contains(&name.as_str()) || !others.contains(&name.as_str()));
+    pub fn for_clients(self) -> Self {
+        self.without_those_of(Side::Server)
+    }
+
+    /// The same transport without the options that only clients have.
+    #[must_use]
+    pub fn for_servers(self) -> Self {
+        self.without_those_of(Side::Client)
+    }
+
+    fn without_those_of(mut self, side: Side) -> Self {
+        let (theirs, ours) = (option_keys(self.kind, side), option_keys(self.kind, side.other()));
+        self.options.retain(|name, _| ours.contains(&name.as_str()) || !theirs.contains(&name.as_str()));
         self
     }
 

@@ -122,7 +122,7 @@ fn same(one: &Value, other: &Value) -> bool {
 
 impl Plan {
     fn of(args: &BenchArgs) -> Result<Self, Failure> {
-        let transport = Transport::from_url(&args.url)?;
+        let transport = Transport::from_url(&args.url)?.for_clients();
         let sum = Pattern::parse(r#"{"cmd":"sum"}"#);
         let pattern = args.pattern.as_deref().map(input::pattern).transpose()?.unwrap_or_else(|| sum.clone());
         let expected = args.expect.as_deref().map(|text| input::data(Some(text), false)).transpose()?;

@@ -88,7 +88,7 @@ struct Prepared {
 
 impl Message {
     fn prepare(&self) -> Result<Prepared, Failure> {
-        let transport = Transport::from_url(&self.target.url)?;
+        let transport = Transport::from_url(&self.target.url)?.for_clients();
         let client = plain_client(&transport)?;
         let pattern = input::pattern(&self.target.pattern)?;
         if let Some(why) = self.header.iter().find_map(|(name, _)| no_header(&transport, name)) {

@@ -76,7 +76,7 @@ struct Listening {
 }
 
 pub(super) async fn listen(args: ListenArgs, out: Output) -> Result<(), Failure> {
-    let transport = Transport::from_url(&args.url)?;
+    let transport = Transport::from_url(&args.url)?.for_servers();
     let answer = match (&args.reply, &args.fail) {
         (Some(reply), _) => Answer::Value(input::data(Some(reply), false)?),
         (_, Some(fail)) => {

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 #[cfg(all(feature = "cli", feature = "tcp"))]
+mod brokers;
+#[cfg(all(feature = "cli", feature = "tcp"))]
 mod cli;
 mod config;
 mod url;
