@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! How a session with a broker is made, for both roles.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::task::Poll;
 
 use bytes::Bytes;
 use deadpool_redis::{Manager, Pool, PoolError, Runtime};
 use martlet_core::Pattern;
-use martlet_core::error::SessionError;
+use martlet_core::error::{SessionError, SessionErrorKind};
 use martlet_core::settlement::Settles;
 use martlet_core::transport::{Dial, Role, SessionPlan, TransportId, TransportInfo};
+use parking_lot::Mutex;
 use redis::io::tcp::TcpSettings;
 use redis::{
     AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, ProtocolVersion,
@@ -32,8 +33,8 @@ const LIBRARY: &[u8] = b"martlet";
 #[derive(Clone)]
 pub struct RedisDial {
     settings: Arc<Settings>,
-    /// Made at the first dial, kept for all.
-    pool: Arc<OnceLock<Pool>>,
+    /// Made at the first dial, kept until a session is closed in order.
+    pool: Arc<Mutex<Option<Pool>>>,
 }
 
 impl std::fmt::Debug for RedisDial {
@@ -80,7 +81,8 @@ impl RedisDial {
 
     /// The publishing pool. The driver's own time limits are off: the session has a watchdog.
     fn pool(&self, address: &Address, tls: Option<&Tls>) -> Result<Pool, SessionError> {
-        if let Some(pool) = self.pool.get() {
+        let mut kept = self.pool.lock();
+        if let Some(pool) = kept.as_ref().filter(|pool| !pool.is_closed()) {
             return Ok(pool.clone());
         }
         let common = &self.settings.common;
@@ -100,7 +102,8 @@ impl RedisDial {
             .recycle_timeout(Some(common.connect_timeout))
             .build()
             .map_err(|error| fatal(&error))?;
-        Ok(self.pool.get_or_init(|| pool).clone())
+        *kept = Some(pool.clone());
+        Ok(pool)
     }
 
     /// Says who we are and subscribes; ready when the broker has done all of it.
@@ -150,6 +153,7 @@ impl RedisDial {
                 }
             }
             match read {
+                Err(error) if error.kind() != SessionErrorKind::Lost => Poll::Ready(Err(error)),
                 Err(error) => Poll::Ready(Err(SessionError::refused(format!(
                     "{error} while the session was made: is it a Redis server, and does it want TLS (option tls)?"
                 )))),
@@ -233,10 +237,13 @@ impl Dial for RedisDial {
         let limit = self.settings.common.connect_timeout;
         match tokio::time::timeout(limit, self.open(&plan)).await {
             Ok(opened) => opened,
-            Err(_) => Err(SessionError::refused(format!(
-                "the broker did not answer within {limit:?} ({}, option connectTimeout)",
-                self.url()
-            ))),
+            Err(_) => {
+                let url = self.url();
+                let hint = if url.starts_with("rediss") { "; does it speak TLS?" } else { "" };
+                Err(SessionError::refused(format!(
+                    "the broker did not answer within {limit:?} ({url}, option connectTimeout{hint})"
+                )))
+            }
         }
     }
 

@@ -99,6 +99,11 @@ impl Link {
         Arc::new(native)
     }
 
+    /// Closes the pool: a closed client or server has no connections. The next session makes a new one.
+    pub(crate) fn close_pool(&self) {
+        self.pool.close();
+    }
+
     /// Subscribes a route, and the channel of its cancellations.
     pub(crate) fn serve(settings: &Settings, subscriber: &mut Subscriber, subscription: &Subscription) {
         let (route, glob) = (&subscription.route, settings.wildcards);

@@ -16,7 +16,7 @@ use martlet_core::error::SessionError;
 use martlet_core::packet::Raw;
 use martlet_core::transport::PacketId;
 use redis::aio::{ConnectionLike, MultiplexedConnection};
-use redis::{Cmd, Pipeline, RedisError, Value};
+use redis::{Cmd, Pipeline, RedisError, ServerError, Value};
 
 /// Pipelines on their way at once. While they are, what is published gathers in the next one.
 const FLIGHTS: usize = 4;
@@ -137,7 +137,7 @@ impl Publisher {
                     for (note, value) in flight.notes.into_iter().zip(values) {
                         match (note, value) {
                             (note, Value::ServerError(error)) => {
-                                settle(note, Outcome::Refused(RedisError::from(error).to_string()));
+                                settle(note, Outcome::Refused(said(&error)));
                             }
                             (Note::Plain, _) => {}
                             (note, Value::Int(receivers)) => settle(note, Outcome::Receivers(receivers)),
@@ -176,6 +176,11 @@ impl Publisher {
             last.commands = Box::pin(std::future::ready(result));
         }
     }
+}
+
+/// An error in the broker's own words.
+fn said(error: &ServerError) -> String {
+    format!("{} {}", error.code(), error.details().unwrap_or_default())
 }
 
 impl Drop for Publisher {

@@ -320,6 +320,8 @@ impl SessionWriter<RedisReplyTo> for RedisWriter {
     }
 
     fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {
-        self.link.poll_publish(cx)
+        std::task::ready!(self.link.poll_publish(cx))?;
+        self.link.close_pool();
+        Poll::Ready(Ok(()))
     }
 }

@@ -183,6 +183,8 @@ pub(crate) struct Subscriber {
     dropped_reported: u64,
     /// Something arrived since it was last looked.
     pub(crate) heard: bool,
+    /// Something has ever arrived.
+    spoken: bool,
     capacity: usize,
     capacity_bytes: usize,
     max_payload: usize,
@@ -244,6 +246,7 @@ impl Subscriber {
             dropped: 0,
             dropped_reported: 0,
             heard: false,
+            spoken: false,
             capacity: common.subscription_capacity.max(1),
             capacity_bytes: common.subscription_bytes.max(1),
             max_payload: common.max_payload_bytes,
@@ -381,7 +384,12 @@ impl Subscriber {
                 }
                 Poll::Ready(Ok(_)) => {
                     self.heard = true;
+                    self.spoken = true;
                     self.need = self.take_in()?;
+                }
+                // TLS 1.3: the broker refuses our certificate after the handshake.
+                Poll::Ready(Err(error)) if !self.spoken && tls::is_alert(&error) => {
+                    return Err(tls::handshake_error(&self.shown, &error));
                 }
                 Poll::Ready(Err(error)) => {
                     return Err(SessionError::lost(format!(

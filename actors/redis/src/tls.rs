@@ -79,6 +79,12 @@ impl Tls {
     }
 }
 
+/// Whether the broker has ended TLS with an alert.
+pub(crate) fn is_alert(error: &std::io::Error) -> bool {
+    let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    matches!(tls, Some(rustls::Error::AlertReceived(_)))
+}
+
 /// A handshake that failed: a wrong certificate is not tried again, a broken line is.
 pub(crate) fn handshake_error(broker: &str, error: &std::io::Error) -> SessionError {
     match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {

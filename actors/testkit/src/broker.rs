@@ -146,6 +146,21 @@ impl BrokerCommand {
         command
     }
 
+    /// A Redis server that keeps nothing on disk.
+    pub fn redis() -> Self {
+        Self::redis_with(&[])
+    }
+
+    /// A Redis server with further arguments (`--requirepass`, `secret`).
+    pub fn redis_with(more: &[&str]) -> Self {
+        let more: Vec<String> = more.iter().map(|argument| (*argument).to_owned()).collect();
+        Self::new("redis-server", "redis", "apt-get install redis-server", move |port| {
+            let port = port.to_string();
+            let own = ["--bind", "127.0.0.1", "--port", &port, "--save", "", "--appendonly", "no"];
+            own.into_iter().map(str::to_owned).chain(more.iter().cloned()).collect()
+        })
+    }
+
     fn path(&self) -> Result<PathBuf, BrokerError> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let more = ["/usr/sbin", "/usr/local/sbin"].map(PathBuf::from);

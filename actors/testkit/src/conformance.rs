@@ -283,10 +283,15 @@ macro_rules! __conformance_group {
     (subscribes, $harness:expr) => {
         $crate::__conformance_behaviours! { $harness,
             subscribes:
-                two_services_share_the_calls_of_a_route
                 a_route_registered_later_is_subscribed
                 an_unregistered_route_reaches_nobody
                 registrations_are_back_after_a_cut;
+        }
+    };
+    (shares, $harness:expr) => {
+        $crate::__conformance_behaviours! { $harness,
+            subscribes:
+                two_services_share_the_calls_of_a_route;
         }
     };
     (wildcards, $harness:expr) => {

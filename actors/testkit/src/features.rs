@@ -25,6 +25,8 @@ pub struct Features {
     pub accepts: bool,
     /// Group `subscribes`: there is a broker, routes are subscribed and unsubscribed. Default false.
     pub subscribes: bool,
+    /// Group `shares`: of the services that serve a route, one gets each message. Default false.
+    pub shares: bool,
     /// Group `wildcards`: subscriptions with `*` and `>`. Default false.
     pub wildcards: bool,
 }
@@ -40,6 +42,7 @@ impl Default for Features {
             raw: false,
             accepts: false,
             subscribes: false,
+            shares: false,
             wildcards: false,
         }
     }
@@ -56,6 +59,7 @@ impl Features {
             ("raw", self.raw),
             ("accepts", self.accepts),
             ("subscribes", self.subscribes),
+            ("shares", self.shares),
             ("wildcards", self.wildcards),
         ];
         groups.into_iter().filter(|(_, promised)| *promised).map(|(name, _)| name).collect()

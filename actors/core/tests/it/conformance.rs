@@ -56,6 +56,7 @@ impl Harness for Memory {
         features.raw = peers && json;
         features.accepts = peers;
         features.subscribes = !peers;
+        features.shares = !peers;
         features.wildcards = self.options.wildcards;
         features
     }
@@ -103,7 +104,7 @@ mod message_pack {
 mod broker {
     use super::*;
     martlet_testkit::conformance_tests!(
-        Memory::with(|options| options.mode = Mode::Broker); core, metadata, cancel, cuts, subscribes
+        Memory::with(|options| options.mode = Mode::Broker); core, metadata, cancel, cuts, subscribes, shares
     );
 }
 
@@ -115,6 +116,6 @@ mod settling_broker {
             options.settles = true;
             options.wildcards = true;
         });
-        core, metadata, cancel, cuts, subscribes, wildcards
+        core, metadata, cancel, cuts, subscribes, shares, wildcards
     );
 }

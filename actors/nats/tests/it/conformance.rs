@@ -39,6 +39,7 @@ impl Harness for Nats {
         features.cancel = true;
         features.cuts = true;
         features.subscribes = true;
+        features.shares = true;
         features.wildcards = true;
         features
     }
@@ -77,10 +78,10 @@ impl Harness for Nats {
 
 mod json {
     use super::*;
-    martlet_testkit::conformance_tests!(Nats::new(JsonCodec); core, metadata, cancel, cuts, subscribes, wildcards);
+    martlet_testkit::conformance_tests!(Nats::new(JsonCodec); core, metadata, cancel, cuts, subscribes, shares, wildcards);
 }
 
 mod message_pack {
     use super::*;
-    martlet_testkit::conformance_tests!(Nats::new(MessagePackCodec); core, metadata, cancel, cuts, subscribes, wildcards);
+    martlet_testkit::conformance_tests!(Nats::new(MessagePackCodec); core, metadata, cancel, cuts, subscribes, shares, wildcards);
 }
