@@ -9,7 +9,7 @@ use martlet_core::error::{SessionError, SessionErrorKind};
 use martlet_core::settlement::Settles;
 use martlet_core::transport::{Dial, SessionPlan, TransportId, TransportInfo};
 
-use crate::address::without_secrets;
+use crate::address::{encoded, without_secrets};
 use crate::link::{Link, Settings, Side};
 use crate::options::{RmqClientOptions, RmqServerOptions};
 use crate::session::RmqSession;
@@ -64,9 +64,19 @@ impl RmqDial {
         Self { settings: Arc::new(settings), unusable }
     }
 
-    /// The address of the first broker, without secrets.
+    /// The address of the first broker without secrets, with the queue: `amqp://host:5672?queue=math`, and
+    /// `&wildcards=true` where that is on.
     pub fn url(&self) -> String {
-        self.settings.common.urls.first().map(|url| without_secrets(url)).unwrap_or_default()
+        let common = &self.settings.common;
+        let mut url = common.urls.first().map(|url| without_secrets(url)).unwrap_or_default();
+        if !common.queue.is_empty() {
+            url = format!("{url}?queue={}", encoded(&common.queue));
+        }
+        if common.wildcards {
+            let sign = if common.queue.is_empty() { '?' } else { '&' };
+            url = format!("{url}{sign}wildcards=true");
+        }
+        url
     }
 
     async fn session(&self, url: &str, plan: &SessionPlan) -> Result<RmqSession, SessionError> {

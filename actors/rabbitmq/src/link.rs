@@ -26,6 +26,9 @@ use crate::wire::{self, Limits};
 /// How long a broker may take to answer when a session is drained or closed.
 pub(crate) const ROUND_TRIP_LIMIT: Duration = Duration::from_secs(2);
 
+/// The largest frame: larger bodies go in several.
+const FRAME_BYTES: u32 = 32 * 1024;
+
 /// What a session needs beyond its connection.
 #[derive(Debug)]
 pub(crate) struct Settings {
@@ -102,6 +105,8 @@ impl Link {
         let heartbeat = common.socket_options.heartbeat_interval.as_secs_f64().ceil();
         // A number of seconds always fits.
         uri.query.heartbeat.get_or_insert(heartbeat.min(f64::from(u16::MAX)) as u16);
+        // The driver keeps room for 64 frames on each connection.
+        uri.query.frame_max.get_or_insert(FRAME_BYTES);
         let tls = match (&uri.scheme, &common.tls) {
             (AMQPScheme::AMQPS, Some(options)) => tls_config(options)?,
             (AMQPScheme::AMQP, Some(_)) => {

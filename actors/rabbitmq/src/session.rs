@@ -441,8 +441,12 @@ impl RmqWriter {
                 (wire::base_properties(headers, Some(*persistent)), short(reply_queue))
             }
         };
+        let mut limits = shared.settings.limits();
+        // Headers and properties are one frame.
+        let frame = shared.link.connection.configuration().frame_max() as usize;
+        limits.header_bytes = limits.header_bytes.min(frame.saturating_sub(1024).max(1024));
         Self {
-            limits: shared.settings.limits(),
+            limits,
             shared,
             out,
             queue,
