@@ -37,11 +37,17 @@ mod client;
 mod context;
 mod dial;
 mod driver;
+mod flow;
+mod link;
+mod net;
 pub mod options;
 mod properties;
 mod record;
+mod replies;
 mod server;
 mod session;
+mod topics;
+mod wire;
 
 pub use client::MqttClient;
 pub use context::MqttContext;
@@ -53,3 +59,4 @@ pub use options::{
 pub use properties::MqttProperties;
 pub use record::{MqttRecord, MqttRecordBuilder};
 pub use server::MqttServer;
+pub use session::{MqttConnection, MqttReader, MqttReplyTo, MqttSession, MqttWriter};

@@ -56,13 +56,13 @@ impl<T> MqttRecordBuilder<T> {
     }
 
     /// Sets whether the broker keeps the message for later subscribers. Default false.
-    pub fn set_retain(mut self, retain: bool) -> Self {
+    pub fn set_retain(self, retain: bool) -> Self {
         self.flag(RETAIN, retain)
     }
 
     /// Sets the duplicate flag. It is ignored at quality of service 0, where the protocol forbids it. Default
     /// false.
-    pub fn set_dup(mut self, dup: bool) -> Self {
+    pub fn set_dup(self, dup: bool) -> Self {
         self.flag(DUP, dup)
     }
 
