@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use martlet_testkit::broker::BrokerCommand;
 
-use crate::pair::free_port;
 use crate::peer::SET_UP;
 
 /// A broker's program.
@@ -35,28 +34,9 @@ impl Kind {
     fn command(self) -> BrokerCommand {
         match self {
             Self::Nats => BrokerCommand::nats(),
-            Self::Redis => script("redis", |port| {
-                format!("exec redis-server --bind 127.0.0.1 --port {port} --save '' --appendonly no")
-            }),
-            // Without nodelay each call of NestJS takes 45 ms: Nagle's algorithm waits for delayed acknowledgements.
-            Self::Mosquitto => script("mqtt", |port| {
-                let lines = format!(
-                    "listener {port} 127.0.0.1\\nallow_anonymous true\\nset_tcp_nodelay true\\nlog_dest none\\n"
-                );
-                format!("printf '{lines}' >mosquitto.conf && exec mosquitto -c mosquitto.conf")
-            }),
-            // An epmd of its own, so that Erlang starts none that outlives it.
-            Self::Rabbitmq => script("amqp", |port| {
-                let (epmd, distribution) = (free_port(), free_port());
-                format!(
-                    "epmd -port {epmd} & echo $! >epmd; echo '[].' >plugins; sleep 0.2
-                    export HOME=$PWD ERL_EPMD_PORT={epmd} RABBITMQ_DIST_PORT={distribution}
-                    export RABBITMQ_NODENAME=interop-{port}@localhost RABBITMQ_NODE_PORT={port}
-                    export RABBITMQ_NODE_IP_ADDRESS=127.0.0.1 RABBITMQ_ENABLED_PLUGINS_FILE=$PWD/plugins
-                    export RABBITMQ_MNESIA_BASE=$PWD/data RABBITMQ_LOG_BASE=$PWD/log RUNNING_UNDER_SYSTEMD=1
-                    exec /usr/lib/rabbitmq/bin/rabbitmq-server"
-                )
-            }),
+            Self::Redis => BrokerCommand::redis(),
+            Self::Rabbitmq => BrokerCommand::rabbitmq(),
+            Self::Mosquitto => BrokerCommand::mosquitto(),
         }
     }
 
@@ -64,16 +44,6 @@ impl Kind {
     fn is_slow(self) -> bool {
         self == Self::Rabbitmq
     }
-}
-
-/// A broker started by a shell, in a folder of its own that goes when it does, however it ends.
-fn script(scheme: &str, body: impl Fn(u16) -> String + Send + Sync + 'static) -> BrokerCommand {
-    const FOLDER: &str = "export PATH=$PATH:/usr/sbin; folder=$(mktemp -d) && chmod 755 $folder && cd $folder || exit 1
-        (while kill -0 $$; do sleep 0.2; done; if [ -f epmd ]; then kill $(cat epmd); fi; sleep 0.2; rm -rf $folder) &
-        ";
-    BrokerCommand::new("sh", scheme, SET_UP, move |port| {
-        vec!["-c".to_owned(), format!("{FOLDER}{}", body(port))]
-    })
 }
 
 /// A running broker, which can be killed and started again. It ends with the last handle.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use martlet::rabbitmq::RmqContext;
 use martlet::{Ctx, Data, RpcError, event};
-use martlet_rabbitmq::RmqContext;
 use serde_json::{Value, json};
 
 use crate::behaviours;

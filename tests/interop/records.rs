@@ -2,8 +2,8 @@
 //! Headers, properties and bytes: what travels beside the packet, and what is no JSON of its own.
 
 use martlet::Record;
-use martlet_mqtt::{MqttProperties, MqttQos, MqttRecordBuilder};
-use martlet_rabbitmq::{RmqRecordBuilder, RmqRecordOptions};
+use martlet::mqtt::{MqttProperties, MqttQos, MqttRecordBuilder};
+use martlet::rabbitmq::{RmqRecordBuilder, RmqRecordOptions};
 use serde_json::{Value, json};
 
 use crate::pair::Pair;
@@ -199,7 +199,7 @@ async fn headers_to_nest(pair: &Pair) {
     assert_eq!(pair.client().send::<Value>("echo", record).await.unwrap(), json!({ "a": 1 }));
     let seen: Value = match pair.transport {
         Transport::Nats => {
-            let built = martlet_nats::NatsRecordBuilder::new(1).set_header("x-built", "yes").build();
+            let built = martlet::nats::NatsRecordBuilder::new(1).set_header("x-built", "yes").build();
             pair.client().send("headers", built).await.unwrap()
         }
         Transport::Mqtt5 => {

@@ -8,15 +8,15 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::stream::{self, StreamExt};
+use martlet::mqtt::MqttContext;
+use martlet::nats::NatsContext;
+use martlet::rabbitmq::RmqContext;
+use martlet::redis::RedisContext;
 use martlet::{
     Client, ClientName, ClientProxy, Data, HandlerGroup, Metadata, Microservice, Pattern, Payload, Request,
     RpcError, RunningService, Server, ServiceEvent, State, Streaming, TransportId, TryStreaming, event,
     message,
 };
-use martlet_mqtt::MqttContext;
-use martlet_nats::NatsContext;
-use martlet_rabbitmq::RmqContext;
-use martlet_redis::RedisContext;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 

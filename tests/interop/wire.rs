@@ -4,12 +4,12 @@
 
 use std::fmt;
 
+use martlet::mqtt::{MqttClient, MqttServer};
+use martlet::nats::{NatsClient, NatsServer};
+use martlet::rabbitmq::{RmqClient, RmqServer};
+use martlet::redis::{RedisClient, RedisServer};
 use martlet::tcp::{TcpClient, TcpServer};
 use martlet::{ClientProxy, Server, TransportId};
-use martlet_mqtt::{MqttClient, MqttServer};
-use martlet_nats::{NatsClient, NatsServer};
-use martlet_rabbitmq::{RmqClient, RmqServer};
-use martlet_redis::{RedisClient, RedisServer};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 

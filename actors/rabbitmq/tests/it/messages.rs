@@ -29,7 +29,9 @@ async fn timing_probe() {
         let c = t.elapsed();
         let _: i64 = client.send("sum", [1]).await.unwrap();
         let d = t.elapsed();
-        for _ in 0..100 { let _: i64 = client.send("sum", [1]).await.unwrap(); }
+        for _ in 0..100 {
+            let _: i64 = client.send("sum", [1]).await.unwrap();
+        }
         eprintln!("connect {c:?} first {:?} per call {:?}", d - c, (t.elapsed() - d) / 100);
         client.close().await;
     }
