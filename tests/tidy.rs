@@ -89,10 +89,26 @@ fn dependencies(package: &Value, kind: Option<&str>) -> BTreeSet<String> {
 fn crates_depend_in_one_direction() {
     // Package, what it may be built with of ours, what its tests may use besides.
     let rules: &[(&str, &[&str], &[&str])] = &[
-        ("martlet", &["martlet-core", "martlet-macros", "martlet-tcp", "martlet-nats"], &["martlet-testkit"]),
+        (
+            "martlet",
+            &[
+                "martlet-core",
+                "martlet-macros",
+                "martlet-tcp",
+                "martlet-nats",
+                "martlet-redis",
+                "martlet-rabbitmq",
+                "martlet-mqtt",
+            ],
+            &["martlet-testkit"],
+        ),
         ("martlet-core", &[], &["martlet-testkit"]),
-        ("martlet-tcp", &["martlet-core"], &["martlet-testkit"]),
+        ("martlet-tls", &["martlet-core"], &[]),
+        ("martlet-tcp", &["martlet-core", "martlet-tls"], &["martlet-testkit"]),
         ("martlet-nats", &["martlet-core"], &["martlet-testkit"]),
+        ("martlet-redis", &["martlet-core", "martlet-tls"], &["martlet-testkit"]),
+        ("martlet-rabbitmq", &["martlet-core", "martlet-tls"], &["martlet-testkit"]),
+        ("martlet-mqtt", &["martlet-core", "martlet-tls"], &["martlet-testkit"]),
         ("martlet-macros", &[], &["martlet", "martlet-core", "martlet-testkit"]),
         ("martlet-testkit", &["martlet-core"], &[]),
     ];
@@ -123,7 +139,11 @@ fn crates_depend_in_one_direction() {
 fn protocol_libraries_stay_in_their_crate() {
     let owners = [
         ("async-nats", "martlet-nats"),
-        ("rustls", "martlet-tcp"),
+        ("redis", "martlet-redis"),
+        ("deadpool-redis", "martlet-redis"),
+        ("lapin", "martlet-rabbitmq"),
+        ("rumqttc-v4-next", "martlet-mqtt"),
+        ("rumqttc-v5-next", "martlet-mqtt"),
         ("tokio-rustls", "martlet-tcp"),
         ("socket2", "martlet-tcp"),
     ];

@@ -10,9 +10,11 @@ use serde::{Deserialize, Serialize};
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 #[non_exhaustive]
 pub struct BackoffOptions {
-    /// The first pause. Default 50 ms.
+    /// The first pause; in data, in milliseconds. Default 50 ms.
+    #[serde(with = "crate::options::millis")]
     pub min: Duration,
-    /// No pause is longer, jitter aside. Default 5 s.
+    /// No pause is longer, jitter aside; in data, in milliseconds. Default 5 s.
+    #[serde(with = "crate::options::millis")]
     pub max: Duration,
     /// Each pause is the previous one times this. Default 2.0; values below 1 count as 1.
     pub factor: f64,

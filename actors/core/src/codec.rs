@@ -11,6 +11,7 @@ use crate::msgpack;
 pub use crate::packet::{INTERNAL_ERROR_TEXT, NO_HANDLER_TEXT};
 use crate::packet::{IncomingPacket, OutgoingPacket, PatternText, Raw, ResponseBody, ResponsePacket};
 use crate::payload::{EncodeError, Format, Payload};
+use crate::transport::PacketId;
 
 /// Turns packets into bytes and back. The bytes are one message; framing is the transporter's business.
 ///
@@ -52,6 +53,20 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     /// [`CodecError::Encode`] if a payload of another format cannot be rewritten in this one.
     fn encode_request(&self, packet: &OutgoingPacket<'_>, out: &mut BytesMut) -> Result<(), CodecError>;
 
+    /// As [`Codec::encode_request`], with an id of ours instead of that of the packet.
+    ///
+    /// # Errors
+    ///
+    /// As [`Codec::encode_request`].
+    fn encode_call(
+        &self,
+        packet: &OutgoingPacket<'_>,
+        id: &PacketId,
+        out: &mut BytesMut,
+    ) -> Result<(), CodecError> {
+        self.encode_request(&OutgoingPacket { id: Some(id.as_str()), ..*packet }, out)
+    }
+
     /// Reads a reply, by the rules of NestJS 12, which also read what NestJS 11 servers send:
     ///
     /// 1. what is not an object, or is an empty one, is foreign: delivered whole as the only value;
@@ -65,6 +80,15 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     /// [`CodecError::Json`] or [`CodecError::MessagePack`] if the frame is not one value; see
     /// [`CodecError::is_malformed`].
     fn decode_response(&self, frame: &Bytes) -> Result<ResponsePacket, CodecError>;
+
+    /// As [`Codec::decode_response`], for a frame that is not needed any more: the payload can take it over.
+    ///
+    /// # Errors
+    ///
+    /// As [`Codec::decode_response`].
+    fn decode_response_owned(&self, frame: Bytes) -> Result<ResponsePacket, CodecError> {
+        self.decode_response(&frame)
+    }
 
     /// Writes a reply. `id` is a raw value in the codec's format and copied as it is.
     ///
@@ -169,6 +193,21 @@ fn response(frame: &Bytes, format: Format, members: Members<5>, rules: &ValueRul
     }
 }
 
+/// The spans of the value and the id of a reply that is written as NestJS and Martlet write nearly all of theirs:
+/// one value, the last one, and an id of ours. What this does not know is read member by member.
+fn usual_response(frame: &[u8]) -> Option<(json::Span, json::Span)> {
+    const HEAD: &[u8] = b"{\"response\":";
+    const MIDDLE: &[u8] = b",\"isDisposed\":true,\"id\":";
+    let id = frame.len().checked_sub(PacketId::LEN + 3)?..frame.len() - 1;
+    let [b'"', text @ .., b'"', b'}'] = frame.get(id.start..)? else { return None };
+    let value = HEAD.len()..id.start.checked_sub(MIDDLE.len())?;
+    let usual = frame.starts_with(HEAD)
+        && frame.get(value.end..id.start)? == MIDDLE
+        && json::is_plain(text)
+        && json::is_value(frame, &value);
+    usual.then_some((value, id))
+}
+
 /// How one format tells what matters to replies.
 struct ValueRules {
     truthy: fn(&[u8]) -> bool,
@@ -197,6 +236,31 @@ fn put_json(out: &mut BytesMut, payload: &Payload) -> Result<(), CodecError> {
     Ok(())
 }
 
+/// All of a request but its id and its end.
+#[inline]
+fn put_request(packet: &OutgoingPacket<'_>, out: &mut BytesMut) -> Result<(), CodecError> {
+    out.reserve(128 + packet.data.map_or(0, |data| data.bytes().len()));
+    out.put_slice(b"{\"pattern\":");
+    match packet.pattern {
+        PatternText::Given(pattern) => out.put_slice(pattern.text().as_bytes()),
+        PatternText::Route(route) => json::write_string(out, route.as_ref()),
+    }
+    if let Some(data) = packet.data {
+        out.put_slice(b",\"data\":");
+        put_json(out, data)?;
+    }
+    if let Some(metadata) = packet.metadata {
+        out.put_slice(b",\"metadata\":");
+        match metadata.json_text() {
+            Some(text) => out.put_slice(text.as_bytes()),
+            None => {
+                json::write(out, metadata).map_err(|source| EncodeError::new(Format::Json, source))?;
+            }
+        }
+    }
+    Ok(())
+}
+
 impl Codec for JsonCodec {
     fn name(&self) -> &'static str {
         "json"
@@ -215,25 +279,15 @@ impl Codec for JsonCodec {
     }
 
     fn decode_request_owned(&self, frame: Bytes) -> Result<IncomingPacket, CodecError> {
-        let members = json::members(&frame, &REQUEST).map_err(CodecError::Json)?;
+        let members = match json::nest_request(&frame) {
+            Some(members) => members,
+            None => json::members(&frame, &REQUEST).map_err(CodecError::Json)?,
+        };
         Ok(request(frame, Format::Json, members))
     }
 
     fn encode_request(&self, packet: &OutgoingPacket<'_>, out: &mut BytesMut) -> Result<(), CodecError> {
-        out.reserve(64 + packet.data.map_or(0, |data| data.bytes().len()));
-        out.put_slice(b"{\"pattern\":");
-        match packet.pattern {
-            PatternText::Given(pattern) => out.put_slice(pattern.text().as_bytes()),
-            PatternText::Route(route) => json::write_string(out, route.as_ref()),
-        }
-        if let Some(data) = packet.data {
-            out.put_slice(b",\"data\":");
-            put_json(out, data)?;
-        }
-        if let Some(metadata) = packet.metadata {
-            out.put_slice(b",\"metadata\":");
-            json::write(out, metadata).map_err(|source| EncodeError::new(Format::Json, source))?;
-        }
+        put_request(packet, out)?;
         if let Some(id) = packet.id {
             out.put_slice(b",\"id\":");
             json::write_string(out, id);
@@ -242,9 +296,32 @@ impl Codec for JsonCodec {
         Ok(())
     }
 
+    fn encode_call(
+        &self,
+        packet: &OutgoingPacket<'_>,
+        id: &PacketId,
+        out: &mut BytesMut,
+    ) -> Result<(), CodecError> {
+        put_request(packet, out)?;
+        // Nothing in it needs an escape.
+        let mut end = *b",\"id\":\"---------------------\"}";
+        end[7..7 + PacketId::LEN].copy_from_slice(id.as_bytes());
+        out.put_slice(&end);
+        Ok(())
+    }
+
     fn decode_response(&self, frame: &Bytes) -> Result<ResponsePacket, CodecError> {
-        let members = json::members(frame, &RESPONSE).map_err(CodecError::Json)?;
-        Ok(response(frame, Format::Json, members, &JSON_RULES))
+        self.decode_response_owned(frame.clone())
+    }
+
+    fn decode_response_owned(&self, frame: Bytes) -> Result<ResponsePacket, CodecError> {
+        if let Some((value, id)) = usual_response(&frame) {
+            let id = Raw::slice(&frame, id);
+            let body = ResponseBody::Last(Some(into_payload(frame, Format::Json, value)));
+            return Ok(ResponsePacket { id: Some(id), status: None, body, foreign: false });
+        }
+        let members = json::members(&frame, &RESPONSE).map_err(CodecError::Json)?;
+        Ok(response(&frame, Format::Json, members, &JSON_RULES))
     }
 
     fn encode_response(

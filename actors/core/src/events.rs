@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::RwLock;
 use tokio::sync::broadcast;
@@ -87,6 +88,17 @@ pub enum ServiceEvent {
         /// How often it has killed the handler.
         kills: u32,
     },
+    /// A message whose handler failed is tried again, as its failure policy says.
+    Retry {
+        /// The transporter's name.
+        transport: Arc<str>,
+        /// The route.
+        route: Route,
+        /// Which attempt comes: 2 for the first repetition.
+        attempt: u32,
+        /// After which pause.
+        pause: Duration,
+    },
     /// A bound was reached.
     BoundHit {
         /// The transporter's or handler's name.
@@ -120,6 +132,7 @@ impl ServiceEvent {
             Self::Restarted { .. } => "restarted",
             Self::GaveUp { .. } => "gave_up",
             Self::PoisonRefused { .. } => "poison_refused",
+            Self::Retry { .. } => "retry",
             Self::BoundHit { .. } => "bound_hit",
             Self::Abandoned { .. } => "abandoned",
         }
@@ -157,6 +170,9 @@ impl fmt::Display for ServiceEvent {
             Self::GaveUp { child, cause } => write!(f, "{child} gave up: {cause}"),
             Self::PoisonRefused { route, kills } => {
                 write!(f, "handler {route}: refused a message that has killed it {kills} times")
+            }
+            Self::Retry { transport, route, attempt, pause } => {
+                write!(f, "{transport}: handler {route} failed, attempt {attempt} follows in {pause:?}")
             }
             Self::BoundHit { place, bound, limit, action } => {
                 write!(f, "{place}: {bound} reached its limit of {limit}: {action}")
@@ -210,7 +226,9 @@ impl EventBus {
     /// Reports an event.
     pub fn emit(&self, event: ServiceEvent) {
         match &event {
-            ServiceEvent::Restarted { .. } | ServiceEvent::NoEventHandler { .. } => {
+            ServiceEvent::Restarted { .. }
+            | ServiceEvent::NoEventHandler { .. }
+            | ServiceEvent::Retry { .. } => {
                 tracing::warn!(target: "martlet", event = event.name(), "{event}");
             }
             _ => tracing::error!(target: "martlet", event = event.name(), "{event}"),

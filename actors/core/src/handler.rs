@@ -24,8 +24,8 @@ use crate::error::RpcError;
 use crate::events::EventBus;
 use crate::interceptor::{Interceptor, Interceptors};
 use crate::pattern::Pattern;
-use crate::reply::{HandlerResult, IntoReply, Reply};
-use crate::request::{FromRequest, Request, bad_payload};
+use crate::reply::{HandlerResult, IntoReply, Reply, Streaming, TryStreaming};
+use crate::request::{Request, bad_payload};
 use crate::route::{HandlerInfo, HandlerKind};
 use crate::settlement::FailurePolicy;
 use crate::supervise::{Child, ChildSpec, Escalation, RestartIntensity};
@@ -37,6 +37,8 @@ pub enum Outcome {
     Ready(HandlerResult),
     /// It must be waited for.
     Future(LocalBoxFuture<'static, HandlerResult>),
+    /// The same, and it has been polled once, in vain.
+    Started(LocalBoxFuture<'static, HandlerResult>),
 }
 
 impl fmt::Debug for Outcome {
@@ -44,6 +46,7 @@ impl fmt::Debug for Outcome {
         match self {
             Self::Ready(result) => f.debug_tuple("Ready").field(result).finish(),
             Self::Future(_) => f.write_str("Future"),
+            Self::Started(_) => f.write_str("Started"),
         }
     }
 }
@@ -323,99 +326,6 @@ impl<C> fmt::Debug for HandlerDef<C> {
     }
 }
 
-// === handlers from functions ===
-
-/// An async function that can be a handler: its arguments are extractors, its result is
-/// `Result<R, E>` where `R: IntoReply` and `E: Into<RpcError>`.
-#[diagnostic::on_unimplemented(
-    message = "this function cannot be a handler",
-    label = "not a handler",
-    note = "a handler is `async fn(extractors…) -> Result<R, E>` with at most eight arguments, each of which implements `FromRequest` (such as `Data<T>`), `R: IntoReply` and `E: Into<RpcError>`"
-)]
-pub trait HandlerFn<Args>: Clone + Send + Sync + 'static {
-    /// Calls it.
-    fn call(self, request: Request) -> impl Future<Output = HandlerResult> + 'static;
-}
-
-macro_rules! handler_fn {
-    ($($arg:ident),*) => {
-        impl<F, Fut, R, E, $($arg),*> HandlerFn<($($arg,)*)> for F
-        where
-            F: Fn($($arg),*) -> Fut + Clone + Send + Sync + 'static,
-            Fut: Future<Output = Result<R, E>> + 'static,
-            R: IntoReply + 'static,
-            E: Into<RpcError> + 'static,
-            $($arg: FromRequest + 'static,)*
-        {
-            #[allow(non_snake_case, unused_variables)]
-            async fn call(self, request: Request) -> HandlerResult {
-                let format = request.format();
-                $(let $arg = $arg::from_request(&request).await?;)*
-                drop(request);
-                match self($($arg),*).await {
-                    Ok(reply) => reply.into_reply(format),
-                    Err(error) => Err(error.into()),
-                }
-            }
-        }
-    };
-}
-
-handler_fn!();
-handler_fn!(A1);
-handler_fn!(A1, A2);
-handler_fn!(A1, A2, A3);
-handler_fn!(A1, A2, A3, A4);
-handler_fn!(A1, A2, A3, A4, A5);
-handler_fn!(A1, A2, A3, A4, A5, A6);
-handler_fn!(A1, A2, A3, A4, A5, A6, A7);
-handler_fn!(A1, A2, A3, A4, A5, A6, A7, A8);
-
-#[track_caller]
-fn from_fn<H, Args>(kind: HandlerKind, pattern: Pattern, handler: H) -> HandlerGroup
-where
-    H: HandlerFn<Args>,
-    Args: 'static,
-{
-    let name: Arc<str> = Arc::from(pattern.route().to_string());
-    let info =
-        HandlerInfo { location: Location::caller(), ..HandlerInfo::new(Arc::clone(&name), kind, pattern) };
-    HandlerGroup::from_parts(name, vec![info], move |_| {
-        let handler = handler.clone();
-        vec![Box::new(move |request| Outcome::future(handler.clone().call(request))) as Box<dyn Endpoint>]
-    })
-}
-
-/// A message handler from an async function.
-///
-/// # Examples
-///
-/// ```
-/// use martlet_core::{Data, RpcError, message};
-///
-/// let sum = message("sum", |Data(numbers): Data<Vec<i64>>| async move {
-///     Ok::<_, RpcError>(numbers.iter().sum::<i64>())
-/// });
-/// ```
-#[track_caller]
-pub fn message<H, Args>(pattern: impl Into<Pattern>, handler: H) -> HandlerGroup
-where
-    H: HandlerFn<Args>,
-    Args: 'static,
-{
-    from_fn(HandlerKind::Message, pattern.into(), handler)
-}
-
-/// An event handler from an async function. Its result is discarded; an error is reported.
-#[track_caller]
-pub fn event<H, Args>(pattern: impl Into<Pattern>, handler: H) -> HandlerGroup
-where
-    H: HandlerFn<Args>,
-    Args: 'static,
-{
-    from_fn(HandlerKind::Event, pattern.into(), handler)
-}
-
 // === handler actors ===
 
 /// A handler actor: an actix actor of the user's, started under supervision, whose messages are routed.
@@ -631,9 +541,10 @@ where
     }
 }
 
-/// The result of an actor's message that can be a reply: `Result<R, E>` or `()`.
+/// The result of an actor's message, or of a function, that can be a reply: `Result<R, E>`, a [`Streaming`] or
+/// [`TryStreaming`], or `()`.
 #[diagnostic::on_unimplemented(
-    message = "the result `{Self}` of this message cannot be a reply",
+    message = "the result `{Self}` cannot be a reply",
     note = "declare `#[rtype(result = \"Result<T, RpcError>\")]` where `T: serde::Serialize`, or no result for events"
 )]
 pub trait IntoOutcome {
@@ -648,6 +559,24 @@ pub trait IntoOutcome {
 impl<R: IntoReply, E: Into<RpcError>> IntoOutcome for Result<R, E> {
     fn into_outcome(self, format: crate::payload::Format) -> HandlerResult {
         self.map_err(Into::into)?.into_reply(format)
+    }
+}
+
+impl<S> IntoOutcome for Streaming<S>
+where
+    Self: IntoReply,
+{
+    fn into_outcome(self, format: crate::payload::Format) -> HandlerResult {
+        self.into_reply(format)
+    }
+}
+
+impl<S> IntoOutcome for TryStreaming<S>
+where
+    Self: IntoReply,
+{
+    fn into_outcome(self, format: crate::payload::Format) -> HandlerResult {
+        self.into_reply(format)
     }
 }
 

@@ -1,25 +1,25 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Requests in flight: what a session shares with the responders of its requests.
+//! Requests in flight: what a session shares with those who answer its requests.
 //!
 //! A slot per request is its in-flight credit and knows how to answer it; finished packets wait in one
-//! out-queue for the session's next turn. A short lock is all that is shared.
+//! out-queue for the session's next turn. A short lock is all that is shared, taken once for many requests: the
+//! session admits what it has read for a replica in one go, the replica hands in what it has finished in one go.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
 
 use parking_lot::Mutex;
 use slab::Slab;
 use tokio::task::AbortHandle;
 
-use crate::headers::Headers;
 use crate::packet::{Raw, ResponseBody};
 use crate::pattern::Route;
 use crate::request::MessageKind;
-use crate::responder::{Cancellation, Gone, ReplySink, SlotKey};
+use crate::responder::{Cancellation, Finished, Gone, ReplySink, SlotKey};
+use crate::retry::Retrial;
 use crate::route::RouteTable;
 use crate::session::{Abandoned, SessionControl};
-use crate::settlement::{FailurePolicy, LastResort};
+use crate::settlement::LastResort;
 use crate::transport::{Outbound, Settlement, TransportInfo};
 
 /// How many packets may wait in the out-queue before streams wait.
@@ -33,15 +33,32 @@ pub(crate) struct Shared<R> {
 
 pub(crate) struct Inner<R> {
     pub(crate) slots: Slab<Slot<R>>,
-    pub(crate) generation: u32,
+    generation: u32,
     pub(crate) out: Vec<Outbound<R>>,
+    /// Slots whose handlers failed and are to be tried again.
+    pub(crate) retries: Vec<SlotKey>,
     pub(crate) congested: bool,
     pub(crate) waiting: Vec<Waker>,
     pub(crate) closed: bool,
 }
 
+/// A request or event that is about to get a slot.
+pub(crate) struct Admission<R> {
+    pub(crate) kind: MessageKind,
+    pub(crate) reply_to: R,
+    pub(crate) id: Raw,
+    /// Its place in the session's table.
+    pub(crate) route: u32,
+    /// How many handlers it goes to.
+    pub(crate) handlers: u32,
+    /// What becomes of its message if it fails, when all is tried.
+    pub(crate) on_failure: Option<LastResort>,
+    /// What is needed to try it again, if its policy says so.
+    pub(crate) retrial: Option<Box<Retrial>>,
+}
+
 pub(crate) struct Slot<R> {
-    pub(crate) generation: u32,
+    generation: u32,
     pub(crate) kind: MessageKind,
     pub(crate) reply_to: R,
     pub(crate) id: Raw,
@@ -49,10 +66,30 @@ pub(crate) struct Slot<R> {
     /// Handlers that have not ended; more than one for a chain of event handlers.
     pub(crate) remaining: u32,
     pub(crate) failed: bool,
-    pub(crate) on_failure: Option<FailurePolicy>,
+    /// Items of a stream have been sent.
+    spoke: bool,
+    on_failure: Option<LastResort>,
+    pub(crate) retrial: Option<Box<Retrial>>,
     pub(crate) cancelled: bool,
-    pub(crate) tasks: Vec<AbortHandle>,
-    pub(crate) cancellation: Option<Cancellation>,
+    work: Option<Box<Work>>,
+}
+
+/// Who works on a request that was not ready at once.
+#[derive(Default)]
+pub(crate) struct Work {
+    tasks: Vec<AbortHandle>,
+    cancellation: Option<Cancellation>,
+}
+
+impl Work {
+    /// Ends the tasks, and tells whoever follows the request. Aborting drops the handler's future, and with it its
+    /// responder, which frees the slot: the slots must not be locked.
+    pub(crate) fn cancel(&self) {
+        self.tasks.iter().for_each(AbortHandle::abort);
+        if let Some(cancellation) = &self.cancellation {
+            cancellation.cancel();
+        }
+    }
 }
 
 /// What a slot serves: a place in the session's table, or by name once that table was replaced.
@@ -61,41 +98,35 @@ pub(crate) enum SlotRoute {
     Named(Option<Route>),
 }
 
-impl<R: Clone + Send + 'static> Shared<R> {
-    pub(crate) fn admit(
-        &self,
-        kind: MessageKind,
-        reply_to: R,
-        id: Raw,
-        route: u32,
-        handlers: u32,
-        on_failure: Option<FailurePolicy>,
-    ) -> SlotKey {
-        let mut inner = self.inner.lock();
-        inner.generation = inner.generation.wrapping_add(1);
-        let generation = inner.generation;
-        let index = inner.slots.insert(Slot {
-            generation,
-            kind,
-            reply_to,
-            id,
-            route: SlotRoute::At(route),
-            remaining: handlers,
-            failed: false,
-            on_failure,
-            cancelled: false,
-            tasks: Vec::new(),
-            cancellation: None,
-        });
-        SlotKey { index: index as u32, generation }
+impl<R> Shared<R> {
+    pub(crate) fn new(control: Arc<SessionControl>, settles: bool) -> Self {
+        let inner = Inner {
+            slots: Slab::new(),
+            generation: 0,
+            out: Vec::new(),
+            retries: Vec::new(),
+            congested: false,
+            waiting: Vec::new(),
+            closed: false,
+        };
+        Self { control, settles, inner: Mutex::new(inner) }
     }
 }
 
 impl<R> Slot<R> {
+    /// Marks it as cancelled; whoever works on it is to be told.
+    pub(crate) fn cancel(&mut self) -> Option<Box<Work>> {
+        self.cancelled = true;
+        let work = self.work.as_mut()?;
+        let told = Work { tasks: std::mem::take(&mut work.tasks), cancellation: work.cancellation.clone() };
+        Some(Box::new(told))
+    }
+
     /// How its delivery ended.
     fn settlement(&self) -> Settlement {
-        match (self.failed, self.on_failure.as_ref().map(FailurePolicy::last_resort)) {
-            (false, _) => Settlement::Done,
+        match (self.failed, self.on_failure) {
+            (false, None) => Settlement::Finished,
+            (false, Some(_)) => Settlement::Done,
             (true, None) => Settlement::Failed,
             // Its caller has been answered.
             (true, Some(LastResort::Requeue)) if self.kind == MessageKind::Request => Settlement::Done,
@@ -104,10 +135,54 @@ impl<R> Slot<R> {
             (true, Some(LastResort::Discard)) => Settlement::Discard,
         }
     }
+
+    /// Whether it is to be tried again, now that its last handler has ended.
+    fn wants_retry(&mut self) -> bool {
+        // A stream that has begun is not begun again, and nobody waits for what was cancelled.
+        if !self.failed || self.spoke || self.cancelled {
+            return false;
+        }
+        self.retrial.as_mut().is_some_and(|retrial| retrial.begin())
+    }
 }
 
 impl<R> Inner<R> {
-    fn slot(&mut self, key: SlotKey) -> Option<&mut Slot<R>> {
+    /// Gives a slot to a request.
+    pub(crate) fn admit(&mut self, admission: Admission<R>) -> SlotKey {
+        let Admission { kind, reply_to, id, route, handlers, on_failure, retrial } = admission;
+        self.generation = self.generation.wrapping_add(1);
+        let generation = self.generation;
+        let index = self.slots.insert(Slot {
+            generation,
+            kind,
+            reply_to,
+            id,
+            route: SlotRoute::At(route),
+            remaining: handlers,
+            failed: false,
+            spoke: false,
+            on_failure,
+            retrial,
+            cancelled: false,
+            work: None,
+        });
+        SlotKey { index: index as u32, generation }
+    }
+
+    pub(crate) fn remove(&mut self, key: SlotKey) -> Option<Slot<R>> {
+        self.slot(key)?;
+        self.slots.try_remove(key.index as usize)
+    }
+
+    /// Every slot.
+    pub(crate) fn keys(&self) -> Vec<SlotKey> {
+        self.slots
+            .iter()
+            .map(|(index, slot)| SlotKey { index: index as u32, generation: slot.generation })
+            .collect()
+    }
+
+    pub(crate) fn slot(&mut self, key: SlotKey) -> Option<&mut Slot<R>> {
         self.slots.get_mut(key.index as usize).filter(|slot| slot.generation == key.generation)
     }
 
@@ -117,35 +192,63 @@ impl<R> Inner<R> {
     }
 }
 
-impl<R: Clone + Send + 'static> ReplySink for Shared<R> {
-    fn push(&self, key: SlotKey, body: ResponseBody, headers: Option<Headers>, failed: bool) {
-        let mut inner = self.inner.lock();
-        let was_empty = inner.out.is_empty();
-        let closed = inner.closed;
-        let Some(slot) = inner.slot(key) else { return };
-        slot.failed |= failed;
+impl<R: Clone> Inner<R> {
+    /// Takes one packet of a slot; says whether it was the request's end.
+    fn take(&mut self, finished: Finished, settles: bool) -> bool {
+        let Finished { slot: key, member, body, headers, failed } = finished;
+        let closed = self.closed;
+        let Some(slot) = self.slot(key) else { return false };
         let speak = slot.kind == MessageKind::Request && !slot.cancelled && !closed;
         if let ResponseBody::Item(_) = body {
+            slot.spoke = true;
             if speak {
                 let (reply_to, id) = (slot.reply_to.clone(), slot.id.clone());
-                inner.out.push(Outbound::Response { reply_to, id, body, headers });
+                self.out.push(Outbound::Response { reply_to, id, body, headers });
             }
-        } else {
-            slot.remaining -= 1;
-            if slot.remaining > 0 {
-                return;
-            }
-            let slot = inner.slots.remove(key.index as usize);
-            self.control.answered.fetch_add(1, Ordering::Relaxed);
-            let settle = (self.settles && !closed)
-                .then(|| Outbound::Settle { delivery: slot.reply_to.clone(), settlement: slot.settlement() });
-            if speak {
-                inner.out.push(Outbound::Response { reply_to: slot.reply_to, id: slot.id, body, headers });
-            }
-            inner.out.extend(settle);
+            return false;
         }
+        if failed {
+            slot.failed = true;
+            if let Some(retrial) = &mut slot.retrial {
+                retrial.failed(member);
+            }
+        }
+        slot.remaining -= 1;
+        if slot.remaining > 0 {
+            return false;
+        }
+        if !closed && slot.wants_retry() {
+            self.retries.push(key);
+            return false;
+        }
+        let slot = self.slots.remove(key.index as usize);
+        let settlement = (settles && !closed).then(|| slot.settlement());
+        let settle =
+            settlement.map(|settlement| Outbound::Settle { delivery: slot.reply_to.clone(), settlement });
+        if speak {
+            self.out.push(Outbound::Response { reply_to: slot.reply_to, id: slot.id, body, headers });
+        }
+        self.out.extend(settle);
+        true
+    }
+}
+
+impl<R: Clone + Send + 'static> ReplySink for Shared<R> {
+    fn push(&self, finished: Finished) {
+        self.push_all(&mut std::iter::once(finished));
+    }
+
+    fn push_all(&self, finished: &mut dyn Iterator<Item = Finished>) {
+        let mut inner = self.inner.lock();
+        let was_idle = inner.out.is_empty() && inner.retries.is_empty();
+        let mut ended = 0;
+        for finished in finished {
+            ended += i64::from(inner.take(finished, self.settles));
+        }
+        // The lock makes this its only writer.
+        self.control.answered.add(ended);
         drop(inner);
-        if was_empty {
+        if was_idle {
             self.control.wake();
         }
     }
@@ -168,7 +271,7 @@ impl<R: Clone + Send + 'static> ReplySink for Shared<R> {
         let mut inner = self.inner.lock();
         match inner.slot(key) {
             Some(slot) if slot.cancelled => task.abort(),
-            Some(slot) => slot.tasks.push(task),
+            Some(slot) => slot.work.get_or_insert_default().tasks.push(task),
             None => {}
         }
     }
@@ -177,7 +280,9 @@ impl<R: Clone + Send + 'static> ReplySink for Shared<R> {
         let mut inner = self.inner.lock();
         let live = inner.live(key);
         match inner.slot(key) {
-            Some(slot) if live => slot.cancellation.get_or_insert_default().clone(),
+            Some(slot) if live => {
+                slot.work.get_or_insert_default().cancellation.get_or_insert_default().clone()
+            }
             _ => {
                 let gone = Cancellation::default();
                 gone.cancel();
@@ -203,7 +308,7 @@ impl<R: Clone + Send + 'static> Shared<R> {
         let mut cancellations = Vec::new();
         let mut abandoned = Vec::new();
         for (_, slot) in &inner.slots {
-            cancellations.extend(slot.cancellation.clone());
+            cancellations.extend(slot.work.as_ref().and_then(|work| work.cancellation.clone()));
             let route = match &slot.route {
                 SlotRoute::At(index) => table.route_at(*index),
                 SlotRoute::Named(route) => route.as_ref(),

@@ -84,7 +84,7 @@ impl<'a> Next<'a> {
             Some(first) => first.intercept(request, self).await,
             None => match self.endpoint.call(request) {
                 Outcome::Ready(result) => result,
-                Outcome::Future(future) => future.await,
+                Outcome::Future(future) | Outcome::Started(future) => future.await,
             },
         }
     }

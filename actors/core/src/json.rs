@@ -60,7 +60,8 @@ pub fn to_vec<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, serde_json::E
 const SCRATCH_BYTES: usize = 4096;
 
 thread_local! {
-    static SCRATCH: Cell<BytesMut> = Cell::new(BytesMut::new());
+    /// Where a value is written, and what the bytes of small ones are cut from.
+    static SCRATCH: Cell<(Vec<u8>, Option<BytesMut>)> = const { Cell::new((Vec::new(), None)) };
 }
 
 /// Serializes `value` to bytes, spelled as JavaScript would. Small values of one thread share allocations of
@@ -71,14 +72,22 @@ thread_local! {
 /// As [`to_vec`].
 pub fn to_bytes<T: Serialize + ?Sized>(value: &T) -> Result<Bytes, serde_json::Error> {
     // Taken, not borrowed: serializing runs foreign code, which may come back here.
-    let mut out = SCRATCH.take();
-    if out.capacity() < 128 {
-        out = BytesMut::with_capacity(SCRATCH_BYTES);
-    }
-    let written = write(&mut out, value);
-    let bytes = out.split().freeze();
+    let (mut out, mut pool) = SCRATCH.take();
+    let written = value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, JsFormatter));
+    let bytes = match out.len() {
+        len if len > SCRATCH_BYTES / 16 => Bytes::copy_from_slice(&out),
+        len => {
+            let room = pool.take().filter(|pool| pool.capacity() >= len);
+            let mut room = room.unwrap_or_else(|| BytesMut::with_capacity(SCRATCH_BYTES));
+            room.put_slice(&out);
+            let bytes = room.split().freeze();
+            pool = Some(room);
+            bytes
+        }
+    };
+    out.clear();
     if out.capacity() <= SCRATCH_BYTES {
-        SCRATCH.set(out);
+        SCRATCH.set((out, pool));
     }
     written.map(|()| bytes)
 }
@@ -200,9 +209,7 @@ impl<const N: usize> Members<N> {
 /// [`SyntaxError`] if the text is anything but one JSON value surrounded by white space.
 #[inline]
 pub fn members<const N: usize>(text: &[u8], names: &[&str; N]) -> Result<Members<N>, SyntaxError> {
-    if let Err(error) = std::str::from_utf8(text) {
-        return Err(SyntaxError { kind: SyntaxErrorKind::Utf8, offset: error.valid_up_to() });
-    }
+    check_utf8(text)?;
     let scanner = Scanner { text };
     let mut found = Members { is_object: false, has_others: false, spans: [const { None }; N], value: 0..0 };
     let start = scanner.space(0);
@@ -219,6 +226,98 @@ pub fn members<const N: usize>(text: &[u8], names: &[&str; N]) -> Result<Members
     found.value = start..end;
     scanner.finish(end)?;
     Ok(found)
+}
+
+/// Whether all of it is ASCII; without the branches per byte that the standard library takes for short texts.
+#[inline]
+pub fn is_ascii(text: &[u8]) -> bool {
+    const HIGH: u64 = u64::MAX / 0xff * 0x80;
+    let Some(last) = text.last_chunk::<8>() else { return text.iter().all(u8::is_ascii) };
+    let (words, _) = text.as_chunks::<8>();
+    let seen = words.iter().fold(u64::from_ne_bytes(*last), |seen, word| seen | u64::from_ne_bytes(*word));
+    seen & HIGH == 0
+}
+
+#[inline]
+fn check_utf8(text: &[u8]) -> Result<(), SyntaxError> {
+    if !is_ascii(text)
+        && let Err(error) = std::str::from_utf8(text)
+    {
+        return Err(SyntaxError { kind: SyntaxErrorKind::Utf8, offset: error.valid_up_to() });
+    }
+    Ok(())
+}
+
+/// Whether `text` can stand in a JSON string as it is; some that can are refused.
+#[inline]
+pub(crate) fn is_plain(text: &[u8]) -> bool {
+    plain_end(text, 0) == text.len() && is_ascii(text)
+}
+
+/// Whether the bytes of `text` at `span` are exactly one value, without white space around it.
+#[inline]
+pub(crate) fn is_value(text: &[u8], span: &Span) -> bool {
+    text.get(span.clone()).is_some_and(|value| check_utf8(value).is_ok())
+        && Scanner { text }.value(span.start) == Ok(span.end)
+}
+
+/// The bytes of the last object that stood as a packet's pattern on this thread: services are called by few patterns,
+/// and an object that was checked once need not be walked again.
+type LastObject = ([u8; LAST_OBJECT_BYTES], u8);
+
+const LAST_OBJECT_BYTES: usize = 62;
+
+thread_local! {
+    static LAST_OBJECT: Cell<LastObject> = const { Cell::new(([0; LAST_OBJECT_BYTES], 0)) };
+}
+
+/// The members `pattern`, `data`, `id`, `metadata` of a packet that is laid out as NestJS lays it out:
+/// `{"pattern":…,"data":…,"id":…}`, with `"metadata":…` before the id or none, without the id for events, and no white
+/// space in between. `None` for anything else, well formed or not: [`members`] decides about that.
+pub(crate) fn nest_request(text: &[u8]) -> Option<Members<4>> {
+    check_utf8(text).ok()?;
+    let scanner = Scanner { text };
+    let follows = |at: usize, word: &[u8]| text.get(at..)?.starts_with(word).then_some(at + word.len());
+    let value = |at: usize| scanner.value(at).ok();
+    let start = follows(0, b"{\"pattern\":")?;
+    let end = if scanner.at(start) == b'{' { pattern_object(&scanner, start)? } else { value(start)? };
+    let pattern = start..end;
+    let start = follows(end, b",\"data\":")?;
+    let mut end = value(start)?;
+    let data = start..end;
+    let mut metadata = None;
+    if let Some(start) = follows(end, b",\"metadata\":") {
+        end = value(start)?;
+        metadata = Some(start..end);
+    }
+    let mut id = None;
+    if let Some(start) = follows(end, b",\"id\":") {
+        end = value(start)?;
+        id = Some(start..end);
+    }
+    (text.get(end..) == Some(b"}")).then_some(Members {
+        is_object: true,
+        has_others: false,
+        spans: [Some(pattern), Some(data), id, metadata],
+        value: 0..text.len(),
+    })
+}
+
+/// The end of an object that starts at `start`; one that is the same as the last one is not walked.
+fn pattern_object(scanner: &Scanner<'_>, start: usize) -> Option<usize> {
+    let (last, len) = LAST_OBJECT.get();
+    let len = usize::from(len);
+    if len > 0 && scanner.text.get(start..start + len) == last.get(..len) {
+        // An object ends with its brace, whatever follows.
+        return Some(start + len);
+    }
+    let end = scanner.value(start).ok()?;
+    let mut last = [0; LAST_OBJECT_BYTES];
+    if let Some(place) = last.get_mut(..end - start) {
+        place.copy_from_slice(&scanner.text[start..end]);
+        LAST_OBJECT.set((last, (end - start) as u8));
+    }
+    Some(end)
 }
 
 /// Finds one member of a top-level object; `None` if there is none or the value is no object.
@@ -567,6 +666,7 @@ impl<'a> Scanner<'a> {
                         at += 1;
                     } else {
                         open.push(false);
+                        at = self.space(self.counts(at));
                         continue;
                     }
                 }
@@ -596,6 +696,20 @@ impl<'a> Scanner<'a> {
                 }
             }
         }
+    }
+
+    /// Steps over the elements of an array, from the first of which `at` is the start, for as long as they are plain
+    /// whole numbers with a comma behind; returns the start of the first that is not.
+    #[inline(always)]
+    fn counts(&self, mut at: usize) -> usize {
+        while let [b'1'..=b'9', rest @ ..] = self.text.get(at..).unwrap_or_default() {
+            let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+            if rest.get(digits) != Some(&b',') {
+                break;
+            }
+            at += digits + 2;
+        }
+        at
     }
 
     /// Steps over a string whose opening quote is just before `at`; also says whether it has escapes.
@@ -678,21 +792,19 @@ impl<'a> Scanner<'a> {
 /// character, or the end of the text. Eight bytes at a time.
 #[inline(always)]
 fn plain_end(text: &[u8], mut at: usize) -> usize {
-    const ONES: u64 = u64::MAX / 0xff;
-    const HIGH: u64 = ONES << 7;
     while let Some(chunk) = text.get(at..).and_then(|rest| rest.first_chunk::<8>()) {
-        let word = u64::from_le_bytes(*chunk);
-        let quote = word ^ (ONES * b'"' as u64);
-        let slash = word ^ (ONES * b'\\' as u64);
-        // Borrows may flag bytes above a true hit, never below one, so the lowest flag is exact.
-        let stop = ((quote.wrapping_sub(ONES) & !quote)
-            | (slash.wrapping_sub(ONES) & !slash)
-            | (word.wrapping_sub(ONES * 0x20) & !word))
-            & HIGH;
+        let stop = stops(u64::from_le_bytes(*chunk));
         if stop != 0 {
             return at + (stop.trailing_zeros() / 8) as usize;
         }
         at += 8;
+    }
+    if let Some(last) = text.last_chunk::<8>()
+        && at < text.len()
+    {
+        // The rest is the end of the last eight bytes; the zeros shifted in behind it stop.
+        let before = 8 - (text.len() - at);
+        return at + (stops(u64::from_le_bytes(*last) >> (8 * before)).trailing_zeros() / 8) as usize;
     }
     while let Some(&byte) = text.get(at) {
         if byte < 0x20 || byte == b'"' || byte == b'\\' {
@@ -701,6 +813,20 @@ fn plain_end(text: &[u8], mut at: usize) -> usize {
         at += 1;
     }
     at
+}
+
+/// Flags the bytes that end a plain run; only the lowest flag is exact.
+#[inline(always)]
+fn stops(word: u64) -> u64 {
+    const ONES: u64 = u64::MAX / 0xff;
+    const HIGH: u64 = ONES << 7;
+    let quote = word ^ (ONES * b'"' as u64);
+    let slash = word ^ (ONES * b'\\' as u64);
+    // Borrows may flag bytes above a true hit, never below one, so the lowest flag is exact.
+    ((quote.wrapping_sub(ONES) & !quote)
+        | (slash.wrapping_sub(ONES) & !slash)
+        | (word.wrapping_sub(ONES * 0x20) & !word))
+        & HIGH
 }
 
 /// One bit per open bracket: set for an object. 128 levels without allocation, an eighth of the frame at most.
@@ -804,6 +930,81 @@ mod tests {
     #[track_caller]
     fn check_written(value: impl Serialize, text: &str) {
         assert_eq!(String::from_utf8(to_vec(&value).unwrap()).unwrap(), text);
+    }
+
+    const NAMES: [&str; 4] = ["pattern", "data", "id", "metadata"];
+
+    #[test]
+    fn arrays_of_numbers_are_judged_as_serde_json_does() {
+        for text in [
+            "[1,2]",
+            "[1, 2]",
+            "[1 ,2]",
+            "[10,20,-3]",
+            "[1,02]",
+            "[1,2,]",
+            "[1,,2]",
+            "[1,2",
+            "[1,",
+            "[1",
+            "[12.5,1]",
+            "[1,2e3,4]",
+            "[0,1]",
+            "[1,[2,3],4]",
+            "[1,\n\t[2, 3 ]\r]",
+            "[1,x]",
+            "[1,\"2\"]",
+            "[[1,2],[3,4]",
+            "[1,2}}",
+        ] {
+            check_validity(text.as_bytes());
+        }
+    }
+
+    #[test]
+    fn what_nestjs_writes_needs_no_second_look() {
+        for text in [
+            r#"{"pattern":{"cmd":"sum"},"data":[1,2],"id":"486f96269bd5729ca8f4d"}"#,
+            r#"{"pattern":{"cmd":"sum"},"data":[1,2],"metadata":{"a":"b"},"id":"x"}"#,
+            r#"{"pattern":"evt","data":{"a":"ü"}}"#,
+            r#"{"pattern":7,"data":null,"metadata":{}}"#,
+        ] {
+            assert_eq!(nest_request(text.as_bytes()), members(text.as_bytes(), &NAMES).ok(), "{text}");
+            assert!(nest_request(text.as_bytes()).is_some(), "{text}");
+        }
+        for text in [
+            r#"{"data":1,"pattern":"a"}"#,
+            r#"{"pattern":"a" ,"data":1}"#,
+            "{}",
+            "7",
+            r#"{"pattern":"a","data":1}}"#,
+        ] {
+            assert_eq!(nest_request(text.as_bytes()), None, "{text}");
+        }
+    }
+
+    proptest! {
+        /// Whatever the short way says, the long way says; each text twice, since objects are remembered.
+        #[test]
+        fn the_short_way_never_contradicts_the_long_one(
+            pattern in r#"(\{"(cmd|c)":"[a-c]{0,3}"\}|"[a-c]*"|[0-9]{1,2})"#,
+            data in r#"(\[1,2\]|\{"x":"y"\}|null|"\\u0061")"#,
+            cut in proptest::option::of(0..60usize),
+            put in proptest::option::of((0..60usize, r#"[{}\[\],:" a1]"#)),
+        ) {
+            let mut text = format!(r#"{{"pattern":{pattern},"data":{data},"id":"486f9"}}"#);
+            if let Some(at) = cut.filter(|at| *at < text.len()) {
+                text.remove(at);
+            }
+            if let Some((at, byte)) = put && at < text.len() {
+                text.insert_str(at, &byte);
+            }
+            for _ in 0..2 {
+                if let Some(found) = nest_request(text.as_bytes()) {
+                    prop_assert_eq!(Ok(found), members(text.as_bytes(), &NAMES));
+                }
+            }
+        }
     }
 
     #[test]

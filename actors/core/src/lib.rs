@@ -10,6 +10,7 @@ pub mod codec;
 mod correlation;
 pub mod error;
 pub mod events;
+pub mod function;
 pub mod handler;
 pub mod headers;
 mod in_flight;
@@ -21,11 +22,13 @@ pub mod options;
 pub mod packet;
 pub mod pattern;
 pub mod payload;
+mod recycled;
 pub mod registry;
 mod replica;
 pub mod reply;
 pub mod request;
 mod responder;
+mod retry;
 pub mod route;
 pub mod server;
 mod session;
@@ -40,9 +43,9 @@ pub mod transport;
 pub use client::{Call, ClientActor, ClientOptions, ClientProxy, EmitMessage, ReplyStream, SendMessage};
 pub use error::{CallError, RemoteError, RpcError, SessionError, SessionErrorKind, StartError, Unexpected};
 pub use events::{EventBus, ServiceEvent};
+pub use function::{event, message};
 pub use handler::{
-    ActorGroup, Controller, Endpoint, HandlerDef, HandlerGroup, Outcome, Placement, event, event_to, message,
-    message_to,
+    ActorGroup, Controller, Endpoint, HandlerDef, HandlerGroup, Outcome, Placement, event_to, message_to,
 };
 pub use headers::Headers;
 pub use interceptor::{Interceptor, Interceptors, Next};

@@ -9,6 +9,7 @@ use serde::de::{MapAccess, Visitor};
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::json;
 use crate::pattern::{Pattern, Route};
 use crate::payload::Payload;
 
@@ -181,9 +182,17 @@ pub struct ResponsePacket {
 ///
 /// NestJS 12 clients may send it and 12 servers read it; NestJS 11 ignores it. Values of other types than string
 /// are tolerated on receipt and kept as their JSON text.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Clone, Default)]
 pub struct Metadata {
+    /// Most packets have none.
+    kept: Option<Box<Kept>>,
+}
+
+#[derive(Clone, Default)]
+struct Kept {
     entries: Vec<(Box<str>, Box<str>)>,
+    /// See [`Metadata::keep_json`].
+    json: Option<Box<str>>,
 }
 
 impl Metadata {
@@ -194,16 +203,18 @@ impl Metadata {
 
     /// The value of a key.
     pub fn get(&self, key: &str) -> Option<&str> {
-        self.entries.iter().find(|(known, _)| &**known == key).map(|(_, value)| &**value)
+        self.iter().find(|(known, _)| *known == key).map(|(_, value)| value)
     }
 
     /// Sets a key and returns what it had before. A key already there keeps its place.
     pub fn insert(&mut self, key: impl Into<Box<str>>, value: impl Into<Box<str>>) -> Option<Box<str>> {
         let (key, value) = (key.into(), value.into());
-        match self.entries.iter_mut().find(|(known, _)| *known == key) {
+        let Kept { entries, json } = &mut **self.kept.get_or_insert_default();
+        *json = None;
+        match entries.iter_mut().find(|(known, _)| *known == key) {
             Some((_, known)) => Some(std::mem::replace(known, value)),
             None => {
-                self.entries.push((key, value));
+                entries.push((key, value));
                 None
             }
         }
@@ -211,33 +222,63 @@ impl Metadata {
 
     /// Takes a key out and returns what it had.
     pub fn remove(&mut self, key: &str) -> Option<Box<str>> {
-        let index = self.entries.iter().position(|(known, _)| &**known == key)?;
-        Some(self.entries.remove(index).1)
+        let Kept { entries, json } = &mut **self.kept.as_mut()?;
+        let index = entries.iter().position(|(known, _)| &**known == key)?;
+        *json = None;
+        Some(entries.remove(index).1)
+    }
+
+    /// Puts it in JSON once, for metadata that many packets carry. A change forgets it.
+    pub fn keep_json(&mut self) {
+        let text = json::to_vec(self).ok().and_then(|text| String::from_utf8(text).ok());
+        if let Some(kept) = &mut self.kept {
+            kept.json = text.map(String::into_boxed_str);
+        }
+    }
+
+    /// Its JSON, if it was kept.
+    pub fn json_text(&self) -> Option<&str> {
+        self.kept.as_ref()?.json.as_deref()
     }
 
     /// Keys and values, in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &str)> {
-        self.entries.iter().map(|(key, value)| (&**key, &**value))
+        let entries = self.kept.as_ref().map_or(&[][..], |kept| &kept.entries);
+        entries.iter().map(|(key, value)| (&**key, &**value))
     }
 
     /// The number of keys.
     pub fn len(&self) -> usize {
-        self.entries.len()
+        self.iter().len()
     }
 
     /// Whether there are no keys.
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.len() == 0
     }
 
     /// The bytes of all keys and values together, to hold against a bound.
     pub fn size_bytes(&self) -> usize {
-        self.entries.iter().map(|(key, value)| key.len() + value.len()).sum()
+        self.iter().map(|(key, value)| key.len() + value.len()).sum()
     }
 
     /// Whether there are at most `max_entries` keys and their bytes and values' together at most `max_bytes`.
     pub fn fits(&self, max_entries: usize, max_bytes: usize) -> bool {
         self.len() <= max_entries && self.size_bytes() <= max_bytes
+    }
+}
+
+impl PartialEq for Metadata {
+    fn eq(&self, other: &Self) -> bool {
+        self.iter().eq(other.iter())
+    }
+}
+
+impl Eq for Metadata {}
+
+impl fmt::Debug for Metadata {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.iter()).finish()
     }
 }
 
@@ -333,6 +374,10 @@ mod tests {
         assert!(metadata.fits(2, 4) && !metadata.fits(1, 4) && !metadata.fits(2, 3));
         assert_eq!(metadata.remove("a").as_deref(), Some("3"));
         assert_eq!(metadata.remove("a"), None);
+        metadata.keep_json();
+        assert_eq!(metadata.json_text(), Some(r#"{"b":"2"}"#));
+        metadata.insert("b", "4");
+        assert_eq!(metadata.json_text(), None);
         assert!(!metadata.is_empty());
     }
 }

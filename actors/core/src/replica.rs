@@ -26,26 +26,98 @@ use tokio::time::Instant;
 use crate::error::RpcError;
 use crate::events::ServiceEvent;
 use crate::handler::{Endpoint, EndpointFactory, HandlerGroup, HandlerSupervision, Outcome, ReplicaContext};
+use crate::headers::Headers;
 use crate::interceptor::{Interceptor, Next};
+use crate::packet::ResponseBody;
 use crate::pattern::Route;
 use crate::payload::Payload;
 use crate::reply::{HandlerResult, Reply};
-use crate::request::Request;
-use crate::responder::Responder;
+use crate::request::{Parts, Request, Scope};
+use crate::responder::{Finished, Responder, SlotKey};
 use crate::route::HandlerStats;
 use crate::supervise::{ChildState, Escalation, RestartWindow, panic_text};
 use crate::trace::Ambient;
 
-/// Requests for the handlers of one replica: what one turn of a session read for it, in order.
+/// Requests for the handlers of one replica: what one turn of a session read for it, in order. What is not
+/// answered when it is dropped (an actor that has stopped) is answered with an error.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub(crate) struct InvokeBatch(pub(crate) Vec<Invoke>);
+pub(crate) struct InvokeBatch {
+    pub(crate) scope: Arc<Scope>,
+    pub(crate) invokes: Vec<Invoke>,
+}
+
+impl Drop for InvokeBatch {
+    fn drop(&mut self) {
+        for Invoke { duty, .. } in self.invokes.drain(..) {
+            drop(duty.into_responder(&self.scope));
+        }
+    }
+}
 
 /// A request for a handler, with the duty to end it.
 pub(crate) struct Invoke {
     pub(crate) endpoint: u32,
-    pub(crate) request: Request,
-    pub(crate) responder: Responder,
+    pub(crate) parts: Parts,
+    pub(crate) duty: Duty,
+}
+
+/// Who must be answered.
+pub(crate) enum Duty {
+    /// The slot of a request that one handler serves: the usual case, in which the batch stands in for a responder.
+    Slot(SlotKey),
+    /// Someone else.
+    Own(Responder),
+}
+
+impl Duty {
+    /// Makes it a duty that can be kept.
+    pub(crate) fn into_responder(self, scope: &Arc<Scope>) -> Responder {
+        match self {
+            Self::Slot(slot) => Responder::new(Arc::clone(&scope.sink), slot, scope.server.transport.format),
+            Self::Own(responder) => responder,
+        }
+    }
+}
+
+/// What one batch has finished, handed to the session in few steps.
+struct Turn {
+    scope: Arc<Scope>,
+    done: Vec<Finished>,
+}
+
+/// How many finished requests wait for each other before the session hears of them.
+const HAND_IN: usize = 16;
+
+impl Turn {
+    fn end(&mut self, duty: Duty, body: ResponseBody, headers: Option<Headers>, failed: bool) {
+        match duty {
+            Duty::Slot(slot) => {
+                self.done.push(Finished::new(slot, body, headers, failed));
+                if self.done.len() >= HAND_IN {
+                    self.hand_in();
+                }
+            }
+            Duty::Own(responder) => responder.finish(body, headers, failed),
+        }
+    }
+
+    fn fail(&mut self, duty: Duty, error: &RpcError) {
+        let body = ResponseBody::Error(error.to_payload(self.scope.server.transport.format));
+        self.end(duty, body, None, true);
+    }
+
+    fn hand_in(&mut self) {
+        if !self.done.is_empty() {
+            self.scope.sink.push_all(&mut self.done.drain(..));
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.hand_in();
+    }
 }
 
 /// Runs the endpoints of one replica.
@@ -63,6 +135,8 @@ struct Replica {
     gave_up: RefCell<Option<String>>,
     poison: RefCell<HashMap<u64, u32>>,
     hasher: hashbrown::DefaultHashBuilder,
+    /// Kept for the next batch.
+    done: RefCell<Vec<Finished>>,
 }
 
 struct HandlerState {
@@ -70,7 +144,7 @@ struct HandlerState {
     stats: Arc<HandlerStats>,
     concurrency: Option<usize>,
     running: Cell<usize>,
-    waiting: RefCell<VecDeque<Invoke>>,
+    waiting: RefCell<VecDeque<(Request, Responder)>>,
 }
 
 /// How many distinct poisonous messages one replica remembers; the memory is cleared when it is full.
@@ -128,6 +202,7 @@ impl HandlerActor {
                 gave_up: RefCell::default(),
                 poison: RefCell::default(),
                 hasher: hashbrown::DefaultHashBuilder::default(),
+                done: RefCell::default(),
             }),
         })
     }
@@ -177,22 +252,30 @@ impl Actor for HandlerActor {
 impl Handler<InvokeBatch> for HandlerActor {
     type Result = ();
 
-    fn handle(&mut self, InvokeBatch(batch): InvokeBatch, _ctx: &mut Self::Context) {
-        for invoke in batch {
-            self.replica.accept(invoke);
+    fn handle(&mut self, mut batch: InvokeBatch, _ctx: &mut Self::Context) {
+        let mut turn = Turn { scope: Arc::clone(&batch.scope), done: self.replica.done.take() };
+        for invoke in batch.invokes.drain(..) {
+            self.replica.accept(invoke, &mut turn);
         }
+        turn.hand_in();
+        self.replica.done.replace(std::mem::take(&mut turn.done));
     }
 }
 
 impl Replica {
-    fn accept(self: &Rc<Self>, invoke: Invoke) {
-        let Some(handler) = self.handlers.get(invoke.endpoint as usize) else { return };
+    fn accept(self: &Rc<Self>, invoke: Invoke, turn: &mut Turn) {
+        let Invoke { endpoint: index, parts, duty } = invoke;
+        let Some(handler) = self.handlers.get(index as usize) else {
+            // Not reached: endpoints are counted when the replica is built.
+            return drop(duty.into_responder(&turn.scope));
+        };
+        let request = Request(Box::new(parts));
         if let Some(max) = handler.concurrency
             && handler.running.get() >= max
         {
             let mut waiting = handler.waiting.borrow_mut();
             if waiting.len() < self.supervision.max_waiting {
-                waiting.push_back(invoke);
+                waiting.push_back((request, duty.into_responder(&turn.scope)));
             } else {
                 drop(waiting);
                 self.context.events.emit(ServiceEvent::BoundHit {
@@ -201,32 +284,31 @@ impl Replica {
                     limit: self.supervision.max_waiting as u64,
                     action: "the request was answered with an overload error",
                 });
-                invoke.responder.fail(&overloaded());
+                turn.fail(duty, &overloaded());
             }
             return;
         }
-        self.start(invoke);
+        self.start(index, request, duty, turn);
     }
 
-    fn start(self: &Rc<Self>, invoke: Invoke) {
-        let Invoke { endpoint: index, request, responder } = invoke;
+    fn start(self: &Rc<Self>, index: u32, request: Request, duty: Duty, turn: &mut Turn) {
         let handler = &self.handlers[index as usize];
         if let Some(cause) = &*self.gave_up.borrow() {
-            responder.fail(&RpcError::unexpected(format!("handler {} gave up: {cause}", handler.route)));
+            turn.fail(duty, &RpcError::unexpected(format!("handler {} gave up: {cause}", handler.route)));
             return;
         }
         if let Some(deadline) = request.0.deadline
             && Instant::now() >= deadline
         {
             // Its caller has stopped waiting: running it would be work for nobody.
-            responder.fail(&deadline_exceeded());
+            turn.fail(duty, &deadline_exceeded());
             return;
         }
         if !self.poison.borrow().is_empty()
             && let Some(kills) = self.kills(&handler.route, request.0.data.as_ref())
         {
             self.context.events.emit(ServiceEvent::PoisonRefused { route: handler.route.clone(), kills });
-            responder.fail(&poisoned(kills));
+            turn.fail(duty, &poisoned(kills));
             return;
         }
         handler.stats.in_flight.add(1);
@@ -247,6 +329,10 @@ impl Replica {
                 let Some(request) = request.take() else { return Poll::Pending };
                 match endpoints[index as usize].call(request) {
                     Outcome::Ready(result) => Poll::Ready(result),
+                    Outcome::Started(made) => {
+                        future = Some(made);
+                        Poll::Pending
+                    }
                     Outcome::Future(mut made) => {
                         let mut cx = TaskContext::from_waker(std::task::Waker::noop());
                         match made.as_mut().poll(&mut cx) {
@@ -263,32 +349,49 @@ impl Replica {
         drop(endpoints);
         match first {
             Err(panic) => {
-                responder_fail(responder);
+                turn.fail(duty, &RpcError::unexpected("the handler panicked"));
                 self.panicked(index, data.as_ref(), panic_text(panic));
                 self.finished(index, Ended::Panicked);
             }
             Ok(Poll::Ready(Ok(Reply::Stream(stream)))) => {
+                let responder = duty.into_responder(&turn.scope);
                 self.spawn(index, responder, data, deadline, ambient, Job::Stream(stream))
             }
             Ok(Poll::Ready(result)) => {
-                let ended = self.answer(index, result, responder);
+                let ended = match result {
+                    Ok(reply) => {
+                        let (last, headers) = last_of(reply);
+                        turn.end(duty, ResponseBody::Last(last), headers, false);
+                        Ended::Well
+                    }
+                    Err(error) => {
+                        turn.fail(duty, &error);
+                        self.report(index, error);
+                        Ended::Failed
+                    }
+                };
                 self.finished(index, ended);
             }
-            Ok(Poll::Pending) => match future {
-                Some(future) => self.spawn(index, responder, data, deadline, ambient, Job::Future(future)),
-                // Not reached: the endpoint is called exactly once.
-                None => drop(responder),
-            },
+            Ok(Poll::Pending) => {
+                let responder = duty.into_responder(&turn.scope);
+                match future {
+                    Some(future) => {
+                        self.spawn(index, responder, data, deadline, ambient, Job::Future(future));
+                    }
+                    // Not reached: the endpoint is called exactly once.
+                    None => drop(responder),
+                }
+            }
         }
     }
 
     /// Answers a result that is not a stream.
     fn answer(&self, index: u32, result: HandlerResult, responder: Responder) -> Ended {
         match result {
-            Ok(Reply::Empty) => responder.end(None, None),
-            Ok(Reply::Value(payload)) => responder.end(Some(payload), None),
-            Ok(Reply::Record(payload, headers)) => responder.end(Some(payload), Some(headers)),
-            Ok(Reply::Stream(_)) => responder.fail(&RpcError::unexpected("a stream inside a stream")),
+            Ok(reply) => {
+                let (last, headers) = last_of(reply);
+                responder.end(last, headers);
+            }
             Err(error) => {
                 responder.fail(&error);
                 self.report(index, error);
@@ -454,18 +557,19 @@ impl Replica {
             // Those whose callers have gone meanwhile are not begun.
             let next = loop {
                 let next = handler.waiting.borrow_mut().pop_front();
-                if next.as_ref().is_none_or(|next| !next.responder.is_gone()) {
+                if next.as_ref().is_none_or(|(_, responder)| !responder.is_gone()) {
                     break next;
                 }
             };
-            if let Some(next) = next {
+            if let Some((request, responder)) = next {
                 // A task of its own, so that a long queue of ready handlers does not recurse.
                 let replica = Rc::clone(self);
                 handler.running.set(handler.running.get() + 1);
                 tokio::task::spawn_local(async move {
                     let handler = &replica.handlers[index as usize];
                     handler.running.set(handler.running.get() - 1);
-                    replica.start(next);
+                    let mut turn = Turn { scope: Arc::clone(&request.0.scope), done: Vec::new() };
+                    replica.start(index, request, Duty::Own(responder), &mut turn);
                 });
             }
         }
@@ -526,6 +630,15 @@ impl Replica {
         let limit = self.supervision.poison_after;
         let kills = *self.poison.borrow().get(&self.message_key(route, data))?;
         (limit > 0 && kills >= limit).then_some(kills)
+    }
+}
+
+/// What a reply that is not a stream ends with. (Streams are told apart before.)
+fn last_of(reply: Reply) -> (Option<Payload>, Option<Headers>) {
+    match reply {
+        Reply::Empty | Reply::Stream(_) => (None, None),
+        Reply::Value(payload) => (Some(payload), None),
+        Reply::Record(payload, headers) => (Some(payload), Some(headers)),
     }
 }
 

@@ -18,7 +18,7 @@ use crate::packet::{Metadata, Raw};
 use crate::pattern::{Pattern, Route};
 use crate::payload::{DecodeError, Format, Payload};
 use crate::responder::{Cancellation, ReplySink, SlotKey};
-use crate::route::RouteEntry;
+use crate::route::{RouteEntry, RouteTable};
 use crate::trace::TraceContext;
 use crate::transport::{ContextData, TransportInfo};
 
@@ -79,13 +79,15 @@ pub(crate) struct ServerScope {
     pub(crate) inherit: bool,
 }
 
-/// What every request of one session has in common.
+/// What every request of one session has in common, as long as its table stays the same.
 pub(crate) struct Scope {
     pub(crate) server: Arc<ServerScope>,
     /// The session's context, for messages that bring none of their own.
     pub(crate) context: Option<ContextData>,
     /// Where the session's replies go.
     pub(crate) sink: Arc<dyn ReplySink>,
+    /// The table that their routes are places of.
+    pub(crate) table: Arc<RouteTable>,
 }
 
 /// Whether a message wants a response.
@@ -106,7 +108,8 @@ pub struct Request(pub(crate) Box<Parts>);
 #[derive(Clone)]
 pub(crate) struct Parts {
     pub(crate) scope: Arc<Scope>,
-    pub(crate) entry: Arc<RouteEntry>,
+    /// Its place in the scope's table.
+    pub(crate) route: u32,
     pub(crate) kind: MessageKind,
     pub(crate) raw_pattern: Option<Raw>,
     pub(crate) data: Option<Payload>,
@@ -115,6 +118,13 @@ pub(crate) struct Parts {
     pub(crate) deadline: Option<Instant>,
     pub(crate) slot: SlotKey,
     pub(crate) extensions: Option<Arc<TypeMap>>,
+}
+
+impl Parts {
+    /// The route that matched.
+    pub(crate) fn entry(&self) -> &RouteEntry {
+        self.scope.table.entry_at(self.route)
+    }
 }
 
 impl fmt::Debug for Request {
@@ -130,12 +140,12 @@ impl fmt::Debug for Request {
 impl Request {
     /// The route that matched.
     pub fn route(&self) -> &Route {
-        &self.0.entry.route
+        &self.0.entry().route
     }
 
     /// The pattern as its handler wrote it.
     pub fn pattern(&self) -> &Pattern {
-        &self.0.entry.pattern
+        &self.0.entry().pattern
     }
 
     /// The pattern as it came, in the payload format; `None` where the transporter routes by address.

@@ -20,10 +20,32 @@ use crate::packet::ResponseBody;
 use crate::payload::{Format, Payload};
 
 /// Names a request in flight on its session.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct SlotKey {
     pub(crate) index: u32,
     pub(crate) generation: u32,
+}
+
+impl SlotKey {
+    /// Of a request that has none yet.
+    pub(crate) const NONE: Self = Self { index: u32::MAX, generation: 0 };
+}
+
+/// One packet of a response, on its way to the session.
+pub(crate) struct Finished {
+    pub(crate) slot: SlotKey,
+    /// Which of the slot's handlers it comes from.
+    pub(crate) member: u32,
+    pub(crate) body: ResponseBody,
+    pub(crate) headers: Option<Headers>,
+    pub(crate) failed: bool,
+}
+
+impl Finished {
+    /// A packet for a slot that one handler serves.
+    pub(crate) fn new(slot: SlotKey, body: ResponseBody, headers: Option<Headers>, failed: bool) -> Self {
+        Self { slot, member: 0, body, headers, failed }
+    }
 }
 
 /// The peer is gone, or the request was cancelled: nobody reads further replies.
@@ -34,7 +56,11 @@ pub(crate) struct Gone;
 /// Where replies go: a session's out-queue, or a collector.
 pub(crate) trait ReplySink: Send + Sync {
     /// Queues one packet; a last one frees the slot. Late packets are dropped.
-    fn push(&self, slot: SlotKey, body: ResponseBody, headers: Option<Headers>, failed: bool);
+    fn push(&self, finished: Finished);
+    /// The same for several, in order.
+    fn push_all(&self, finished: &mut dyn Iterator<Item = Finished>) {
+        finished.for_each(|finished| self.push(finished));
+    }
     /// Ready when the session can take more of a stream.
     fn poll_ready(&self, slot: SlotKey, cx: &mut Context<'_>) -> Poll<Result<(), Gone>>;
     /// Lets a cancellation abort the task that serves the slot.
@@ -49,6 +75,7 @@ pub(crate) trait ReplySink: Send + Sync {
 pub(crate) struct Responder {
     sink: Arc<dyn ReplySink>,
     slot: SlotKey,
+    member: u32,
     format: Format,
     ended: bool,
 }
@@ -61,24 +88,40 @@ impl fmt::Debug for Responder {
 
 impl Responder {
     pub(crate) fn new(sink: Arc<dyn ReplySink>, slot: SlotKey, format: Format) -> Self {
-        Self { sink, slot, format, ended: false }
+        Self { sink, slot, member: 0, format, ended: false }
+    }
+
+    /// For one of several handlers of a slot.
+    pub(crate) fn of_member(mut self, member: u32) -> Self {
+        self.member = member;
+        self
+    }
+
+    fn push(&self, body: ResponseBody, headers: Option<Headers>, failed: bool) {
+        self.sink.push(Finished { slot: self.slot, member: self.member, body, headers, failed });
     }
 
     /// Ends the request.
     pub(crate) fn end(mut self, last: Option<Payload>, headers: Option<Headers>) {
         self.ended = true;
-        self.sink.push(self.slot, ResponseBody::Last(last), headers, false);
+        self.push(ResponseBody::Last(last), headers, false);
+    }
+
+    /// Ends the request with a packet.
+    pub(crate) fn finish(mut self, body: ResponseBody, headers: Option<Headers>, failed: bool) {
+        self.ended = true;
+        self.push(body, headers, failed);
     }
 
     /// Ends the request with an error.
     pub(crate) fn fail(mut self, error: &RpcError) {
         self.ended = true;
-        self.sink.push(self.slot, ResponseBody::Error(error.to_payload(self.format)), None, true);
+        self.push(ResponseBody::Error(error.to_payload(self.format)), None, true);
     }
 
     /// Sends one item of a stream.
     pub(crate) fn item(&self, payload: Payload) {
-        self.sink.push(self.slot, ResponseBody::Item(payload), None, false);
+        self.push(ResponseBody::Item(payload), None, false);
     }
 
     /// Waits until the session can take more of a stream.
@@ -99,7 +142,7 @@ impl Drop for Responder {
     fn drop(&mut self) {
         if !self.ended {
             let error = RpcError::unexpected("the handler was dropped before it answered");
-            self.sink.push(self.slot, ResponseBody::Error(error.to_payload(self.format)), None, true);
+            self.push(ResponseBody::Error(error.to_payload(self.format)), None, true);
         }
     }
 }
@@ -189,7 +232,7 @@ impl ChainSink {
 }
 
 impl ReplySink for ChainSink {
-    fn push(&self, slot: SlotKey, body: ResponseBody, _headers: Option<Headers>, _failed: bool) {
+    fn push(&self, Finished { slot, body, .. }: Finished) {
         let mut results = self.results.lock();
         let Some(place) = results.get_mut(slot.index as usize) else { return };
         match body {

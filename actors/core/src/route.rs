@@ -161,8 +161,8 @@ pub struct RouteTable {
     routes: HashMap<Route, Arc<RouteEntry>>,
     /// The raw spellings that NestJS clients send, so that the usual look-up parses nothing.
     spellings: HashMap<Box<[u8]>, Arc<RouteEntry>>,
-    /// In registration order, for subscriptions.
-    order: Vec<Route>,
+    /// By place: in registration order, for subscriptions.
+    entries: Vec<Arc<RouteEntry>>,
 }
 
 impl RouteTable {
@@ -174,7 +174,7 @@ impl RouteTable {
             for spelling in entry.route.raw_spellings() {
                 table.spellings.insert(spelling.into_boxed_slice(), Arc::clone(&entry));
             }
-            table.order.push(entry.route.clone());
+            table.entries.push(Arc::clone(&entry));
             table.routes.insert(entry.route.clone(), entry);
         }
         table
@@ -182,7 +182,12 @@ impl RouteTable {
 
     /// The route at a place.
     pub(crate) fn route_at(&self, index: u32) -> Option<&Route> {
-        self.order.get(index as usize)
+        Some(&self.entries.get(index as usize)?.route)
+    }
+
+    /// The entry at a place that came from this table.
+    pub(crate) fn entry_at(&self, index: u32) -> &RouteEntry {
+        &self.entries[index as usize]
     }
 
     /// Finds a route by its canonical text.
@@ -202,7 +207,7 @@ impl RouteTable {
 
     /// Every route, in registration order.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<RouteEntry>> {
-        self.order.iter().filter_map(|route| self.routes.get(route))
+        self.entries.iter()
     }
 
     /// How many routes there are.

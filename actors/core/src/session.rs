@@ -10,32 +10,30 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use actix::prelude::SendError;
 use futures::task::AtomicWaker;
-use parking_lot::Mutex;
-use slab::Slab;
 use tokio::sync::watch;
-use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use crate::correlation::ClientCore;
+use crate::correlation::{CallKind, ClientCore, Outgoing};
 use crate::error::SessionError;
 use crate::events::{EventBus, ServiceEvent};
-use crate::in_flight::{Inner, Shared, SlotRoute};
-use crate::packet::{Raw, ResponseBody};
+use crate::in_flight::{Admission, Shared, SlotRoute};
+use crate::packet::{Raw, ResponseBody, ResponsePacket};
 use crate::pattern::Route;
 use crate::payload::Format;
-use crate::replica::{Invoke, InvokeBatch, overloaded};
-use crate::request::{MessageKind, Parts, Request, Scope, ServerScope, TIMEOUT_KEY};
-use crate::responder::{ChainSink, ReplySink, Responder};
+use crate::replica::{Duty, Invoke, InvokeBatch, overloaded};
+use crate::request::{MessageKind, Parts, Scope, ServerScope, TIMEOUT_KEY};
+use crate::responder::{ChainSink, ReplySink, Responder, SlotKey};
+use crate::retry::{Retrial, RetryQueue};
 use crate::route::{Counter, HandlerRef, RouteTable};
 use crate::settlement::{FailurePolicy, Settles};
 use crate::transport::{
-    Delivery, Inbound, Outbound, PatternKey, Session, SessionReader, SessionWriter, Settlement,
+    Delivery, Inbound, Outbound, PatternKey, Session, SessionReader, SessionWriter, Settlement, Taken,
     TransportInfo, WriteError,
 };
 
@@ -79,7 +77,7 @@ pub(crate) struct SessionControl {
     drain: AtomicBool,
     abandon: AtomicBool,
     admitted: Counter,
-    pub(crate) answered: AtomicU64,
+    pub(crate) answered: Counter,
 }
 
 impl SessionControl {
@@ -101,7 +99,7 @@ impl SessionControl {
 
     /// Requests and events that were given a slot and have not ended.
     pub(crate) fn in_flight(&self) -> u64 {
-        self.admitted.get().saturating_sub(self.answered.load(Ordering::Relaxed))
+        self.admitted.get().saturating_sub(self.answered.get())
     }
 
     pub(crate) fn is_draining(&self) -> bool {
@@ -179,10 +177,73 @@ struct Loop<S: Session> {
     reported_full: bool,
     handed_back: u64,
     /// What this turn has read for one replica, not yet sent there.
-    invokes: Option<(Arc<HandlerRef>, Vec<Invoke>)>,
+    batch_of: Batch<S::ReplyTo>,
+    retries: RetryQueue,
     batch: Vec<Outbound<S::ReplyTo>>,
+    /// A client's calls on their way out, and the replies that this turn has read.
+    outgoing: Outgoing,
+    replies: Vec<ResponsePacket>,
     /// Abandoned: until when closing may take.
     close_by: Option<Pin<Box<tokio::time::Sleep>>>,
+}
+
+/// What one turn has read for one replica, not yet sent there: requests, and their slots-to-be.
+struct Batch<R> {
+    handler: Option<Arc<HandlerRef>>,
+    invokes: Vec<Invoke>,
+    /// For those whose duty is a slot, in order.
+    admissions: Vec<Admission<R>>,
+}
+
+impl<R> Default for Batch<R> {
+    fn default() -> Self {
+        Self { handler: None, invokes: Vec::new(), admissions: Vec::new() }
+    }
+}
+
+impl<R> Batch<R> {
+    /// Whether a request for this handler can go with it.
+    fn fits(&self, handler: &Arc<HandlerRef>) -> bool {
+        self.handler.as_ref().is_some_and(|same| {
+            Arc::ptr_eq(&same.replicas, &handler.replicas) && self.invokes.len() < handler.replicas.batch_size
+        })
+    }
+
+    /// Gives its requests their slots, and sends them.
+    fn send(&mut self, shared: &Shared<R>, env: &SessionEnv, scope: Option<&Arc<Scope>>) {
+        let Some(handler) = self.handler.take() else { return };
+        let (Some(server), Some(scope)) = (&env.server, scope) else { return };
+        let room = self.invokes.len();
+        let mut invokes = std::mem::replace(&mut self.invokes, Vec::with_capacity(room));
+        if !self.admissions.is_empty() {
+            let mut inner = shared.inner.lock();
+            let waiting = invokes.iter_mut().filter(|invoke| matches!(invoke.duty, Duty::Slot(_)));
+            for (invoke, admission) in waiting.zip(self.admissions.drain(..)) {
+                let slot = inner.admit(admission);
+                invoke.parts.slot = slot;
+                invoke.duty = Duty::Slot(slot);
+            }
+        }
+        let batch = InvokeBatch { scope: Arc::clone(scope), invokes };
+        // Whoever is not answered here is answered by the batch being dropped.
+        let Some(replica) = handler.replica(server.arbiter) else { return };
+        match replica.try_send(batch) {
+            Ok(()) => {}
+            Err(SendError::Full(mut batch)) => {
+                env.events.emit(ServiceEvent::BoundHit {
+                    place: Arc::clone(&handler.info.name),
+                    bound: "mailbox_capacity",
+                    limit: handler.replicas.mailbox_capacity as u64,
+                    action: "the requests were answered with an overload error",
+                });
+                for invoke in batch.invokes.drain(..) {
+                    invoke.duty.into_responder(scope).fail(&overloaded());
+                }
+            }
+            // Unrouted meanwhile.
+            Err(SendError::Closed(batch)) => drop(batch),
+        }
+    }
 }
 
 /// Runs a session to its end.
@@ -194,18 +255,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
     let peer = session.peer();
     let context = session.context();
     let (reader, writer) = session.split();
-    let shared = Arc::new(Shared {
-        control: Arc::clone(&env.control),
-        settles: env.transport.settles.is_needed(),
-        inner: Mutex::new(Inner {
-            slots: Slab::new(),
-            generation: 0,
-            out: Vec::new(),
-            congested: false,
-            waiting: Vec::new(),
-            closed: false,
-        }),
-    });
+    let shared = Arc::new(Shared::new(Arc::clone(&env.control), env.transport.settles.is_needed()));
     let table = env.server.as_ref().map(|server| Arc::clone(&server.tables.borrow())).unwrap_or_default();
     let subscribed = env.server.as_ref().map(|server| server.subscribed.clone()).unwrap_or_default();
     let table_changed = match &env.server {
@@ -218,7 +268,12 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         writer,
         peer,
         scope: env.server.as_ref().map(|server| {
-            Arc::new(Scope { server: Arc::clone(&server.scope), context, sink: Arc::clone(&sink) })
+            Arc::new(Scope {
+                server: Arc::clone(&server.scope),
+                context,
+                sink: Arc::clone(&sink),
+                table: Arc::clone(&table),
+            })
         }),
         sink,
         shared,
@@ -230,8 +285,11 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         half_closed: None,
         reported_full: false,
         handed_back: 0,
-        invokes: None,
+        batch_of: Batch::default(),
+        retries: RetryQueue::default(),
         batch: Vec::new(),
+        outgoing: Outgoing::default(),
+        replies: Vec::new(),
         close_by: None,
         env,
     };
@@ -260,7 +318,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
     }
     SessionExit {
         cause,
-        answered: session.env.control.answered.load(Ordering::Relaxed),
+        answered: session.env.control.answered.get(),
         handed_back: session.handed_back,
         abandoned,
         lived: started.elapsed(),
@@ -315,6 +373,7 @@ impl<S: Session> Loop<S> {
         }
         self.take_route_changes(cx)?;
         self.write_finished()?;
+        self.retry(cx)?;
         let more = self.write_calls()?;
         let flushed = self.flush(cx)?;
         if more && flushed {
@@ -340,7 +399,8 @@ impl<S: Session> Loop<S> {
         let abandon = self.env.control.abandon.load(Ordering::Acquire);
         let calls_done = self.env.client.as_ref().is_none_or(|client| client.is_idle());
         if abandon && self.env.transport.settles.is_needed() {
-            self.hand_back()?;
+            let unfinished = self.shared.inner.lock().keys();
+            self.hand_back(unfinished)?;
         }
         if abandon {
             // A peer that does not read is not waited for much longer.
@@ -361,12 +421,13 @@ impl<S: Session> Loop<S> {
     }
 
     /// Gives unfinished deliveries back to the broker, so that another consumer takes them.
-    fn hand_back(&mut self) -> Result<(), SessionError> {
-        let slots: Vec<_> = self.shared.inner.lock().slots.drain().collect();
-        for slot in slots {
-            slot.tasks.iter().for_each(AbortHandle::abort);
-            if let Some(cancellation) = slot.cancellation {
-                cancellation.cancel();
+    fn hand_back(&mut self, keys: Vec<SlotKey>) -> Result<(), SessionError> {
+        let mut inner = self.shared.inner.lock();
+        let slots: Vec<_> = keys.into_iter().filter_map(|key| inner.remove(key)).collect();
+        drop(inner);
+        for mut slot in slots {
+            if let Some(work) = slot.cancel() {
+                work.cancel();
             }
             self.handed_back += 1;
             self.env.control.admitted.add(-1);
@@ -417,18 +478,58 @@ impl<S: Session> Loop<S> {
     /// Writes queued calls; `true` when it stopped for want of room.
     fn write_calls(&mut self) -> Result<bool, SessionError> {
         let Some(client) = &self.env.client else { return Ok(false) };
-        let client = Arc::clone(client);
-        while self.writer.pending_bytes() < self.env.limits.high_water_bytes {
-            let Some((key, item)) = client.next_outbound() else { return Ok(false) };
-            let is_event = matches!(item, Outbound::Event(_));
-            match self.writer.write(item) {
-                Ok(()) if is_event => client.written(key),
-                Ok(()) => {}
-                Err(WriteError::Item(reason)) => client.refused(key, reason),
-                Err(WriteError::Session(error)) => return Err(error),
+        let out = &mut self.outgoing;
+        let room = |writer: &S::Writer| writer.pending_bytes() < self.env.limits.high_water_bytes;
+        while room(&self.writer) {
+            if !client.take_outbound(out) {
+                return Ok(false);
             }
+            for (id, route) in out.cancels.drain(..) {
+                if let Err(WriteError::Session(error)) = self.writer.write(Outbound::Cancel { id, route }) {
+                    client.put_back(&mut out.calls);
+                    return Err(error);
+                }
+            }
+            let mut ended = Ok(());
+            while ended.is_ok()
+                && room(&self.writer)
+                && let Some(queued) = out.calls.pop_front()
+            {
+                if !queued.live {
+                    continue;
+                }
+                let taken = match queued.kind {
+                    CallKind::Event => {
+                        self.writer.write_event(queued.message, client.receipt(queued.key)).map(Some)
+                    }
+                    _ => self.writer.write(Outbound::Request(queued.message)).map(|()| None),
+                };
+                match taken {
+                    Ok(Some(Taken::Written)) => out.written.push(queued.key),
+                    Ok(Some(Taken::Confirming)) => client.confirming(queued.key),
+                    Ok(None) => {}
+                    Err(WriteError::Item(reason)) => client.refused(queued.key, reason),
+                    Err(WriteError::Session(error)) => {
+                        client.lost(queued.key, &error);
+                        ended = Err(error);
+                    }
+                }
+            }
+            client.written(&mut out.written);
+            if !out.calls.is_empty() {
+                client.put_back(&mut out.calls);
+            }
+            ended?;
         }
+        client.stall();
         Ok(true)
+    }
+
+    /// Hands the replies that were read to their callers.
+    fn send_replies(&mut self) {
+        if let Some(client) = &self.env.client {
+            client.on_responses(&mut self.replies);
+        }
     }
 
     fn write(&mut self, item: Outbound<S::ReplyTo>) -> Result<(), SessionError> {
@@ -471,6 +572,7 @@ impl<S: Session> Loop<S> {
     /// Reads what there is, within bounds; ready when the reader has ended.
     fn read(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, SessionError> {
         let read = self.read_some(cx);
+        self.send_replies();
         self.send_invokes();
         read
     }
@@ -503,6 +605,7 @@ impl<S: Session> Loop<S> {
                 Poll::Ready(Some(item)) => self.take(item?)?,
                 Poll::Ready(None) => {
                     self.reading = false;
+                    self.send_replies();
                     if self.env.client.as_ref().is_some_and(|client| !client.is_idle() || !self.draining) {
                         return Err(SessionError::lost("the peer closed the connection"));
                     }
@@ -519,14 +622,19 @@ impl<S: Session> Loop<S> {
             Inbound::Request(delivery) => self.dispatch(MessageKind::Request, delivery),
             Inbound::Event(delivery) => self.dispatch(MessageKind::Event, delivery),
             Inbound::Response(packet) => {
-                if let Some(client) = &self.env.client {
-                    client.on_response(packet);
-                }
+                self.replies.push(packet);
                 Ok(())
             }
             Inbound::Unreachable { id } => {
+                self.send_replies();
                 if let Some(client) = &self.env.client {
                     client.on_unreachable(id);
+                }
+                Ok(())
+            }
+            Inbound::Confirmed { receipt, refused } => {
+                if let Some(client) = &self.env.client {
+                    client.confirmed(receipt, refused);
                 }
                 Ok(())
             }
@@ -550,17 +658,15 @@ impl<S: Session> Loop<S> {
     }
 
     fn cancel(&mut self, id: &Raw) {
+        // It may have been read in this very turn.
+        self.send_invokes();
         let mut inner = self.shared.inner.lock();
         let found = inner.slots.iter_mut().find(|(_, slot)| slot.id == *id && !slot.cancelled);
         let Some((_, slot)) = found else { return };
-        slot.cancelled = true;
-        let tasks = std::mem::take(&mut slot.tasks);
-        let cancellation = slot.cancellation.clone();
+        let work = slot.cancel();
         drop(inner);
-        // Aborting drops the handler's future, and with it its responder, which frees the slot.
-        tasks.iter().for_each(AbortHandle::abort);
-        if let Some(cancellation) = cancellation {
-            cancellation.cancel();
+        if let Some(work) = work {
+            work.cancel();
         }
     }
 
@@ -576,10 +682,20 @@ impl<S: Session> Loop<S> {
 
     /// Works with a new table; requests in flight keep the names of their routes.
     fn replace_table(&mut self, table: Arc<RouteTable>) {
+        // Its routes are places of the old table.
+        self.send_invokes();
         for (_, slot) in &mut self.shared.inner.lock().slots {
             if let SlotRoute::At(index) = slot.route {
                 slot.route = SlotRoute::Named(self.table.route_at(index).cloned());
             }
+        }
+        if let Some(scope) = &self.scope {
+            self.scope = Some(Arc::new(Scope {
+                server: Arc::clone(&scope.server),
+                context: scope.context.clone(),
+                sink: Arc::clone(&self.sink),
+                table: Arc::clone(&table),
+            }));
         }
         self.table = table;
     }
@@ -590,33 +706,20 @@ impl<S: Session> Loop<S> {
             PatternKey::Raw(raw) => self.table.find(self.env.transport.format, raw),
             PatternKey::Route(route) => self.table.get(route),
         };
-        let Some(entry) = entry else {
+        let (Some(entry), Some(scope)) = (entry, &self.scope) else {
             return self.unhandled(kind, delivery);
         };
         let Delivery { key, data, metadata, id, reply_to, context } = delivery;
-        let entry = Arc::clone(entry);
-        let deadline = metadata.as_ref().and_then(deadline_of);
-        let format = self.env.transport.format;
         let chain: &[Arc<HandlerRef>] = match (kind, &entry.message, entry.events.as_slice()) {
             (MessageKind::Request, Some(message), _) | (_, Some(message), []) => {
                 std::slice::from_ref(message)
             }
             (_, _, events) => events,
         };
-        let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };
-        let on_failure = match self.env.transport.settles {
-            Settles::Never(_) => None,
-            Settles::Results { .. } => {
-                chain.iter().find_map(|handler| handler.info.on_failure).or(self.env.limits.on_failure)
-            }
-        };
-        let id = id.unwrap_or_default();
-        let slot = self.shared.admit(kind, reply_to, id, entry.index, handlers, on_failure);
-        self.env.control.admitted.add(1);
-        let Some(scope) = &self.scope else { return Ok(()) };
-        let request = Request(Box::new(Parts {
+        let deadline = metadata.as_ref().and_then(deadline_of);
+        let parts = Parts {
             scope: Arc::clone(scope),
-            entry: Arc::clone(&entry),
+            route: entry.index,
             kind,
             raw_pattern: match key {
                 PatternKey::Raw(raw) => Some(raw),
@@ -626,71 +729,129 @@ impl<S: Session> Loop<S> {
             metadata,
             context,
             deadline,
-            slot,
+            slot: SlotKey::NONE,
             extensions: None,
-        }));
+        };
+        let on_failure = match self.env.transport.settles {
+            Settles::Never(_) => None,
+            Settles::Results { .. } => {
+                chain.iter().find_map(|handler| handler.info.on_failure).or(self.env.limits.on_failure)
+            }
+        };
+        let retrial = match &on_failure {
+            Some(FailurePolicy::Retry(policy)) => {
+                Some(Box::new(Retrial::new(policy, parts.clone(), chain.to_vec())))
+            }
+            _ => None,
+        };
+        let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };
+        let id = id.unwrap_or_default();
+        let route = entry.index;
+        let on_failure = on_failure.as_ref().map(FailurePolicy::last_resort);
+        let admission = Admission { kind, reply_to, id, route, handlers, on_failure, retrial };
+        self.env.control.admitted.add(1);
         match chain {
             [only] => {
-                let responder = Responder::new(Arc::clone(&self.sink), slot, format);
-                self.invoke(only, request, responder);
-            }
-            chain if kind == MessageKind::Request => {
-                let answer = Responder::new(Arc::clone(&self.sink), slot, format);
-                let gather = ChainSink::new(chain.len(), answer);
-                for (index, handler) in chain.iter().enumerate() {
-                    self.invoke(handler, request.clone(), gather.responder(index as u32));
+                if !self.batch_of.fits(only) {
+                    self.batch_of.send(&self.shared, &self.env, Some(scope));
+                    self.batch_of.handler = Some(Arc::clone(only));
                 }
+                self.batch_of.admissions.push(admission);
+                let duty = Duty::Slot(SlotKey::NONE);
+                self.batch_of.invokes.push(Invoke { endpoint: only.endpoint, parts, duty });
             }
             chain => {
-                for handler in chain {
-                    let responder = Responder::new(Arc::clone(&self.sink), slot, format);
-                    self.invoke(handler, request.clone(), responder);
-                }
+                let chain = chain.to_vec();
+                let slot = self.shared.inner.lock().admit(admission);
+                self.invoke_all(&chain, slot, Parts { slot, ..parts });
             }
         }
         Ok(())
     }
 
-    /// Adds a request to the batch for its replica; a batch for another one is sent first, which keeps the
-    /// order of dispatch.
-    fn invoke(&mut self, handler: &Arc<HandlerRef>, request: Request, responder: Responder) {
-        let invoke = Invoke { endpoint: handler.endpoint, request, responder };
-        match &mut self.invokes {
-            Some((same, batch))
-                if Arc::ptr_eq(&same.replicas, &handler.replicas)
-                    && batch.len() < handler.replicas.batch_size =>
-            {
-                batch.push(invoke);
-            }
-            _ => {
-                self.send_invokes();
-                let mut batch = Vec::with_capacity(8);
-                batch.push(invoke);
-                self.invokes = Some((Arc::clone(handler), batch));
-            }
+    /// Hands a request that has its slot to each of several handlers.
+    fn invoke_all(&mut self, chain: &[Arc<HandlerRef>], slot: SlotKey, parts: Parts) {
+        let format = self.env.transport.format;
+        let responder = || Responder::new(Arc::clone(&self.sink), slot, format);
+        let responders: Vec<Responder> = if parts.kind == MessageKind::Request && chain.len() > 1 {
+            let gather = ChainSink::new(chain.len(), responder());
+            (0..chain.len()).map(|member| gather.responder(member as u32)).collect()
+        } else {
+            (0..chain.len()).map(|member| responder().of_member(member as u32)).collect()
+        };
+        for (handler, responder) in chain.iter().zip(responders) {
+            self.invoke(handler, parts.clone(), responder);
         }
     }
 
+    /// Adds a request to the batch for its replica; a batch for another one is sent first, which keeps the
+    /// order of dispatch.
+    fn invoke(&mut self, handler: &Arc<HandlerRef>, parts: Parts, responder: Responder) {
+        if !self.batch_of.fits(handler) {
+            self.send_invokes();
+            self.batch_of.handler = Some(Arc::clone(handler));
+        }
+        let duty = Duty::Own(responder);
+        self.batch_of.invokes.push(Invoke { endpoint: handler.endpoint, parts, duty });
+    }
+
     fn send_invokes(&mut self) {
-        let Some((handler, batch)) = self.invokes.take() else { return };
-        let Some(server) = &self.env.server else { return };
-        let Some(replica) = handler.replica(server.arbiter) else { return };
-        match replica.try_send(InvokeBatch(batch)) {
-            Ok(()) => {}
-            Err(SendError::Full(InvokeBatch(batch))) => {
-                self.env.events.emit(ServiceEvent::BoundHit {
-                    place: Arc::clone(&handler.info.name),
-                    bound: "mailbox_capacity",
-                    limit: handler.replicas.mailbox_capacity as u64,
-                    action: "the requests were answered with an overload error",
-                });
-                for invoke in batch {
-                    invoke.responder.fail(&overloaded());
+        self.batch_of.send(&self.shared, &self.env, self.scope.as_ref());
+    }
+
+    /// Takes in what failed and is to be tried again, and tries what is due.
+    fn retry(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
+        let mut inner = self.shared.inner.lock();
+        for key in std::mem::take(&mut inner.retries) {
+            let Some(retrial) = inner.slot(key).and_then(|slot| slot.retrial.as_mut()) else { continue };
+            let pause = retrial.pause();
+            self.env.events.emit(ServiceEvent::Retry {
+                transport: Arc::clone(&self.env.transport.name),
+                route: retrial.parts.entry().route.clone(),
+                attempt: retrial.attempts,
+                pause,
+            });
+            self.retries.push(Instant::now() + pause, key);
+        }
+        drop(inner);
+        if self.retries.is_empty() {
+            return Ok(());
+        }
+        if self.draining {
+            // Another consumer takes it from here.
+            let waiting: Vec<SlotKey> = self.retries.drain().collect();
+            return self.hand_back(waiting);
+        }
+        while let Poll::Ready(key) = self.retries.poll_due(cx) {
+            let mut inner = self.shared.inner.lock();
+            let Some(slot) = inner.slot(key) else { continue };
+            let Some(retrial) = &mut slot.retrial else { continue };
+            let failed = retrial.take_failed();
+            let parts = Parts { slot: key, ..retrial.parts.clone() };
+            let handlers = retrial.handlers.clone();
+            slot.failed = false;
+            slot.remaining = failed.len() as u32;
+            drop(inner);
+            match (parts.kind, handlers.as_slice()) {
+                // The chain answers as one.
+                (MessageKind::Request, _) | (_, [_]) => {
+                    if let Some(slot) = self.shared.inner.lock().slot(key) {
+                        slot.remaining = 1;
+                    }
+                    self.invoke_all(&handlers, key, parts);
+                }
+                (MessageKind::Event, handlers) => {
+                    for member in failed {
+                        let Some(handler) = handlers.get(member as usize) else { continue };
+                        let responder =
+                            Responder::new(Arc::clone(&self.sink), key, self.env.transport.format);
+                        self.invoke(handler, parts.clone(), responder.of_member(member));
+                    }
                 }
             }
-            // Unrouted meanwhile; the responders say so by being dropped.
-            Err(SendError::Closed(batch)) => drop(batch),
         }
+        self.send_invokes();
+        Ok(())
     }
 
     fn unhandled(&mut self, kind: MessageKind, delivery: Delivery<S::ReplyTo>) -> Result<(), SessionError> {

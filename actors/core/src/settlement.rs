@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::backoff::BackoffOptions;
 
@@ -75,10 +75,25 @@ pub struct RetryPolicy {
     /// Attempts after the first one. Default 3. Counted in this process: a message that the broker delivers anew
     /// begins anew.
     pub attempts: u32,
-    /// The pause before each further attempt. Default: from 50 ms to 5 s.
+    /// The pause before each further attempt; in data, a number of milliseconds or `{"min", "max", "factor",
+    /// "jitter"}`. Default: from 50 ms to 5 s.
+    #[serde(deserialize_with = "pause")]
     pub delay: BackoffOptions,
     /// What becomes of it when all have failed. Default: dead-lettered.
     pub then: LastResort,
+}
+
+fn pause<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BackoffOptions, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Pause {
+        Fixed(u64),
+        Grows(BackoffOptions),
+    }
+    Ok(match Pause::deserialize(deserializer)? {
+        Pause::Fixed(millis) => BackoffOptions::fixed(Duration::from_millis(millis)),
+        Pause::Grows(options) => options,
+    })
 }
 
 impl Default for RetryPolicy {

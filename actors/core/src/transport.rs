@@ -158,6 +158,13 @@ pub enum Inbound<R> {
         /// The raw packet id of the request.
         id: Raw,
     },
+    /// What the broker said to an event for which the writer answered [`Taken::Confirming`].
+    Confirmed {
+        /// As given with the event.
+        receipt: PacketId,
+        /// Why the broker did not take it; `None` if it did.
+        refused: Option<String>,
+    },
     /// Something that cannot be read arrived. It is reported; the session goes on.
     Bad {
         /// What is wrong with it.
@@ -238,8 +245,10 @@ impl OutboundMessage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Settlement {
-    /// Every handler finished without an error.
+    /// Every handler finished without an error, and there is a [`FailurePolicy`](crate::settlement::FailurePolicy).
     Done,
+    /// Every handler finished without an error, and there is no policy: what NestJS does.
+    Finished,
     /// A handler failed, and there is no [`FailurePolicy`](crate::settlement::FailurePolicy): what NestJS does.
     Failed,
     /// A handler failed: another delivery, to whomever.
@@ -263,42 +272,39 @@ impl PacketId {
     pub const LEN: usize = 21;
 
     pub(crate) fn from_parts(prefix: u32, generation: u32, slot: u32) -> Self {
-        const HEX: &[u8; 16] = b"0123456789abcdef";
         let mut text = [0; Self::LEN];
-        let mut put = |range: std::ops::Range<usize>, mut value: u32| {
-            for place in text[range].iter_mut().rev() {
-                *place = HEX[(value & 15) as usize];
-                value >>= 4;
-            }
-        };
-        put(0..7, prefix);
-        put(7..15, generation);
-        put(15..21, slot);
+        text[0..7].copy_from_slice(&hex(prefix).to_be_bytes()[1..]);
+        text[7..15].copy_from_slice(&hex(generation).to_be_bytes());
+        text[15..21].copy_from_slice(&hex(slot).to_be_bytes()[2..]);
         Self(text)
     }
 
     /// Reads the text of an id of ours back into its parts; `None` if it is not one.
-    pub(crate) fn parse(text: &[u8]) -> Option<(u32, u32, u32)> {
+    #[inline]
+    pub(crate) fn parts(text: &[u8]) -> Option<(u32, u32, u32)> {
+        const ZEROS: u64 = u64::MAX / 0xff * b'0' as u64;
         if text.len() != Self::LEN {
             return None;
         }
-        let number = |part: &[u8]| {
-            part.iter().try_fold(0u32, |value, byte| {
-                let digit = match byte {
-                    b'0'..=b'9' => byte - b'0',
-                    b'a'..=b'f' => byte - b'a' + 10,
-                    _ => return None,
-                };
-                Some(value << 4 | u32::from(digit))
-            })
-        };
-        Some((number(&text[0..7])?, number(&text[7..15])?, number(&text[15..21])?))
+        let digits = |at: usize| text.get(at..).and_then(|rest| rest.first_chunk::<8>());
+        // What does not belong to a number gives way to zeros.
+        let first = u64::from_be_bytes(*digits(0)?) >> 8 | ZEROS << 56;
+        let second = u64::from_be_bytes(*digits(7)?);
+        let third = u64::from_be_bytes(*digits(13)?) << 16 >> 16 | ZEROS << 48;
+        let parts = (unhex(first), unhex(second), unhex(third));
+        // Only digits come out as they went in.
+        (hex(parts.0) == first && hex(parts.1) == second && hex(parts.2) == third).then_some(parts)
     }
 
     /// The id of a request, from the text that a peer or broker gave back.
     pub fn from_text(text: &[u8]) -> Option<Self> {
-        Self::parse(text)?;
+        Self::parts(text)?;
         Some(Self(text.try_into().ok()?))
+    }
+
+    /// The bytes of its text: hex digits.
+    pub fn as_bytes(&self) -> &[u8; Self::LEN] {
+        &self.0
     }
 
     /// Its text.
@@ -306,6 +312,29 @@ impl PacketId {
         // Only hex digits are ever put in.
         std::str::from_utf8(&self.0).unwrap_or_default()
     }
+}
+
+/// Eight lower-case hex digits, the highest first when written big-endian.
+#[inline]
+fn hex(value: u32) -> u64 {
+    const ONES: u64 = u64::MAX / 0xff;
+    let mut nibbles = u64::from(value);
+    nibbles = (nibbles | nibbles << 16) & 0x0000_ffff_0000_ffff;
+    nibbles = (nibbles | nibbles << 8) & 0x00ff_00ff_00ff_00ff;
+    nibbles = (nibbles | nibbles << 4) & 0x0f0f_0f0f_0f0f_0f0f;
+    let letters = ((nibbles + ONES * 6) >> 4) & ONES;
+    nibbles + ONES * u64::from(b'0') + letters * u64::from(b'a' - b'0' - 10)
+}
+
+/// The reverse of [`hex`], where that gave `digits`; else any number.
+#[inline]
+fn unhex(digits: u64) -> u32 {
+    const ONES: u64 = u64::MAX / 0xff;
+    let letters = (digits >> 6) & ONES;
+    let nibbles = ((digits & (ONES * 0xf)) + letters * 9) & (ONES * 0xf);
+    let pairs = (nibbles | nibbles >> 4) & 0x00ff_00ff_00ff_00ff;
+    let fours = (pairs | pairs >> 8) & 0x0000_ffff_0000_ffff;
+    (fours | fours >> 16) as u32
 }
 
 impl fmt::Debug for PacketId {
@@ -373,6 +402,17 @@ pub trait SessionWriter<R>: 'static {
     /// [`WriteError::Item`] refuses this item, [`WriteError::Session`] ends the session.
     fn write(&mut self, item: Outbound<R>) -> Result<(), WriteError>;
 
+    /// Takes an event, as [`write`](Self::write) does. A transporter whose broker confirms says
+    /// [`Taken::Confirming`], and later [`Inbound::Confirmed`] with the same receipt: `emit` resolves then.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write).
+    fn write_event(&mut self, message: OutboundMessage, receipt: PacketId) -> Result<Taken, WriteError> {
+        let _ = receipt;
+        self.write(Outbound::Event(message)).map(|()| Taken::Written)
+    }
+
     /// Moves what was taken towards the wire; ready when nothing is left.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>>;
 
@@ -382,6 +422,15 @@ pub trait SessionWriter<R>: 'static {
 
     /// Flushes and closes this half; ready when done.
     fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>>;
+}
+
+/// How far an event is when the writer has taken it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taken {
+    /// It is as good as sent: nobody will say more.
+    Written,
+    /// The reader will say what the broker made of it.
+    Confirming,
 }
 
 /// Why an item could not be written.
@@ -472,8 +521,22 @@ mod tests {
     fn packet_ids_are_21_hex_characters_and_read_back() {
         let id = PacketId::from_parts(0x0ab_cdef, 7, 0xfffff);
         assert_eq!(id.as_str(), "0abcdef000000070fffff");
-        assert_eq!(PacketId::parse(id.as_str().as_bytes()), Some((0x0ab_cdef, 7, 0xfffff)));
-        assert_eq!(PacketId::parse(b"0abcdef00000007fffff"), None);
-        assert_eq!(PacketId::parse(b"0abcdef000000070ffffG"), None);
+        assert_eq!(PacketId::parts(id.as_str().as_bytes()), Some((0x0ab_cdef, 7, 0xfffff)));
+        assert_eq!(PacketId::parts(b"0abcdef00000007fffff"), None);
+        assert_eq!(PacketId::parts(b"0abcdef000000070ffffG"), None);
+        for bits in 0..32 {
+            let number = 0x9a3c_71f5_u32.rotate_left(bits);
+            assert_eq!(hex(number).to_be_bytes(), *format!("{number:08x}").as_bytes());
+            assert_eq!(unhex(hex(number)), number);
+        }
+        let id = PacketId::from_parts(0x0ab_cdef, 0x1234_5678, 0x9f_00ff);
+        for place in 0..PacketId::LEN {
+            for byte in 0..=u8::MAX {
+                let mut text = id.0;
+                text[place] = byte;
+                let digit = byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+                assert_eq!(PacketId::parts(&text).is_some(), digit, "{}", text.escape_ascii());
+            }
+        }
     }
 }

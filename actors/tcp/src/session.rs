@@ -371,7 +371,7 @@ impl TcpReader {
             Role::Server => self.request(frame).map(Some),
             Role::Client => {
                 // TCP-17, TCP-27.
-                let packet = self.codec.decode_response(&frame)?;
+                let packet = self.codec.decode_response_owned(frame)?;
                 if packet.status.is_some() && packet.id.as_deref().is_some_and(|id| is_text(id, HELLO)) {
                     self.extensions.peer_cancels.set(true);
                     return Ok(None);
@@ -495,42 +495,44 @@ impl TcpWriter {
         if announce {
             message.metadata.insert(PEER_KEY, "1");
         }
-        if message.metadata.is_empty()
-            && let Some(timeout) = message.timeout.take()
-        {
-            // Most calls carry the client's own timeout and nothing else: it is put in words once.
-            let usual = self.usual_metadata.take().filter(|(known, _)| *known == timeout);
-            let (_, metadata) = self.usual_metadata.insert(usual.unwrap_or_else(|| {
-                let metadata = Metadata::from_iter([(TIMEOUT_KEY, timeout.as_millis().to_string())]);
+        let Some(timeout) = message.timeout.filter(|_| message.metadata.is_empty()) else {
+            message.put_timeout();
+            let metadata = Some(&message.metadata).filter(|metadata| !metadata.is_empty());
+            return self.packet(&message, metadata);
+        };
+        // Most calls carry the client's own timeout and nothing else: it is put in words once.
+        let usual = match self.usual_metadata.take() {
+            Some(usual) if usual.0 == timeout => usual,
+            _ => {
+                let mut metadata = Metadata::from_iter([(TIMEOUT_KEY, timeout.as_millis().to_string())]);
+                metadata.keep_json();
                 (timeout, metadata)
-            }));
-            message.metadata = std::mem::take(metadata);
-            let written = self.packet(&message);
-            if let Some((_, usual)) = &mut self.usual_metadata {
-                *usual = message.metadata;
             }
-            return written;
-        }
-        message.put_timeout();
-        self.packet(&message)
+        };
+        let written = self.packet(&message, Some(&usual.1));
+        self.usual_metadata = Some(usual);
+        written
     }
 
-    fn packet(&mut self, message: &OutboundMessage) -> Result<(), WriteError> {
-        let hint = message.data.bytes().len() + message.pattern.text().len() + 64;
-        self.frame(hint, |codec, out| {
-            codec.encode_request(
-                &OutgoingPacket {
-                    // TCP-10: events carry the route, requests the pattern as given.
-                    pattern: match &message.id {
-                        Some(_) => PatternText::Given(&message.pattern),
-                        None => PatternText::Route(message.pattern.route()),
-                    },
-                    data: Some(&message.data),
-                    id: message.id.as_ref().map(|id| id.as_str()),
-                    metadata: (!message.metadata.is_empty()).then_some(&message.metadata),
-                },
-                out,
-            )
+    fn packet(&mut self, message: &OutboundMessage, metadata: Option<&Metadata>) -> Result<(), WriteError> {
+        // What the members' names and the id take in JSON.
+        let mut hint = message.data.bytes().len() + message.pattern.text().len() + 49;
+        if let Some(metadata) = metadata {
+            hint += metadata.json_text().map_or(40, str::len) + 12;
+        }
+        let packet = OutgoingPacket {
+            // TCP-10: events carry the route, requests the pattern as given.
+            pattern: match &message.id {
+                Some(_) => PatternText::Given(&message.pattern),
+                None => PatternText::Route(message.pattern.route()),
+            },
+            data: Some(&message.data),
+            id: None,
+            metadata,
+        };
+        self.frame(hint, |codec, out| match &message.id {
+            Some(id) => codec.encode_call(&packet, id, out),
+            None => codec.encode_request(&packet, out),
         })
     }
 

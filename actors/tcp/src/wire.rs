@@ -9,6 +9,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use martlet_core::json::is_ascii;
 
 /// The `maxBufferSize` of NestJS, in UTF-16 code units.
 pub const DEFAULT_MAX_FRAME: usize = 134_217_728;
@@ -300,7 +301,7 @@ impl Framing for NestFraming {
         if buf.len() < least {
             return Ok(None);
         }
-        if state.units > 0 || !buf[state.scanned..least].is_ascii() {
+        if state.units > 0 || !is_ascii(&buf[state.scanned..least]) {
             if !count_units(buf, state, length)? {
                 return Ok(None);
             }
@@ -324,7 +325,7 @@ impl Framing for NestFraming {
     fn finish(&self, out: &mut BytesMut, mark: FrameMark) -> Result<(), FrameError> {
         let body = &out[mark.body..];
         let units =
-            if body.is_ascii() { Some(body.len()) } else { std::str::from_utf8(body).ok().map(utf16_len) };
+            if is_ascii(body) { Some(body.len()) } else { std::str::from_utf8(body).ok().map(utf16_len) };
         let refused = match units {
             None => Some(FrameError::NotText),
             Some(0) => Some(FrameError::Empty),

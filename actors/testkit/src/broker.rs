@@ -70,6 +70,9 @@ pub struct BrokerCommand {
     scheme: String,
     install: String,
     arguments: Box<dyn Fn(u16) -> Vec<String> + Send + Sync>,
+    /// Whether the arguments are those of a shell that becomes the broker.
+    by_shell: bool,
+    ready_within: Duration,
 }
 
 impl fmt::Debug for BrokerCommand {
@@ -92,6 +95,8 @@ impl BrokerCommand {
             scheme: scheme.into(),
             install: install.into(),
             arguments: Box::new(arguments),
+            by_shell: false,
+            ready_within: READY_WITHIN,
         }
     }
 
@@ -109,6 +114,36 @@ impl BrokerCommand {
             arguments.extend(more.iter().cloned());
             arguments
         })
+    }
+
+    /// A RabbitMQ node of its own: name, folders, ports and `epmd`, nothing of which outlives it.
+    pub fn rabbitmq() -> Self {
+        Self::rabbitmq_with("", "")
+    }
+
+    /// A RabbitMQ node with further lines of `rabbitmq.conf` (in which `$PORT` is its port), and with definitions
+    /// in JSON (users, vhosts, permissions), if not empty; they replace the default user and vhost.
+    pub fn rabbitmq_with(config: &str, definitions: &str) -> Self {
+        let node = NodeFolder::new();
+        let (config, definitions) = (config.to_owned(), definitions.to_owned());
+        let mut command =
+            Self::new("rabbitmq-server", "amqp", "apt-get install rabbitmq-server", move |port| {
+                node.write(port, &config, &definitions);
+                let free = || {
+                    let bound =
+                        TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
+                    bound.map(|address| address.port()).unwrap_or_default().to_string()
+                };
+                let folder = node.0.to_string_lossy().into_owned();
+                let values = [folder, port.to_string(), free(), free()];
+                ["-c".to_owned(), START_RABBITMQ.to_owned(), "rabbitmq".to_owned()]
+                    .into_iter()
+                    .chain(values)
+                    .collect()
+            });
+        command.by_shell = true;
+        command.ready_within = Duration::from_secs(60);
+        command
     }
 
     /// A Redis server that keeps nothing on disk.
@@ -137,6 +172,50 @@ impl BrokerCommand {
                 program: self.program.clone(),
                 install: self.install.clone(),
             })
+    }
+}
+
+/// Becomes a RabbitMQ node, given its folder, its port, and the ports for distribution and `epmd`. The latter ends
+/// with its parent, which is the node.
+const START_RABBITMQ: &str = r#"
+export HOME="$1" RABBITMQ_HOME="$1" RABBITMQ_MNESIA_BASE="$1/mnesia" RABBITMQ_LOG_BASE="$1/log" RABBITMQ_LOGS="$1/log/node.log"
+export RABBITMQ_CONFIG_FILE="$1/rabbitmq" RABBITMQ_CONF_ENV_FILE=/dev/null RABBITMQ_ENABLED_PLUGINS_FILE="$1/plugins"
+export RABBITMQ_NODENAME="martlet$2@localhost" RABBITMQ_NODE_IP_ADDRESS=127.0.0.1 RABBITMQ_NODE_PORT="$2"
+export RABBITMQ_DIST_PORT="$3" ERL_EPMD_PORT="$4" ERL_EPMD_ADDRESS=127.0.0.1 RUNNING_UNDER_SYSTEMD=1
+export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS="+S 1:1 +A 2 +sbwt none +sbwtdcpu none +sbwtdio none"
+setpriv --pdeathsig KILL epmd -port "$4" -address 127.0.0.1 &
+exec /usr/lib/rabbitmq/bin/rabbitmq-server
+"#;
+
+/// A folder that goes with its node.
+struct NodeFolder(PathBuf);
+
+impl NodeFolder {
+    fn new() -> Self {
+        static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        Self(std::env::temp_dir().join(format!("martlet-rabbitmq-{}-{number}", std::process::id())))
+    }
+
+    /// Writes the configuration; a failure shows when the node does not start.
+    fn write(&self, port: u16, config: &str, definitions: &str) {
+        let own = "log.console = false\nlog.file.level = warning\ndisk_free_limit.absolute = 1MB\n";
+        let load = match definitions {
+            "" => String::new(),
+            _ => format!("load_definitions = {}/definitions.json\n", self.0.display()),
+        };
+        let _ = std::fs::create_dir_all(&self.0);
+        let config = config.replace("$PORT", &port.to_string());
+        let _ = std::fs::write(self.0.join("rabbitmq.conf"), format!("{own}{load}{config}\n"));
+        let _ = std::fs::write(self.0.join("definitions.json"), definitions);
+        let _ = std::fs::write(self.0.join("plugins"), "[].\n");
+    }
+}
+
+impl Drop for NodeFolder {
+    fn drop(&mut self) {
+        // Left behind at worst: a folder of a few files.
+        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
@@ -260,14 +339,15 @@ impl Broker {
     }
 
     fn resume_process(&mut self) -> Result<(), BrokerError> {
-        let process = Command::new(self.command.path()?)
+        let program = self.command.path()?;
+        let process = Command::new(if self.command.by_shell { "sh".into() } else { program })
             .args((self.command.arguments)(self.port))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
         self.process = Some(process);
-        let until = Instant::now() + READY_WITHIN;
+        let until = Instant::now() + self.command.ready_within;
         while Instant::now() < until {
             if !self.is_running() {
                 return Err(self.not_ready("it ended while it was starting"));
@@ -278,7 +358,8 @@ impl Broker {
             std::thread::sleep(Duration::from_millis(5));
         }
         self.stop();
-        Err(self.not_ready("it accepts no connection within 15s"))
+        let reason = format!("it accepts no connection within {:?}", self.command.ready_within);
+        Err(self.not_ready(&reason))
     }
 
     fn into_command(mut self) -> BrokerCommand {

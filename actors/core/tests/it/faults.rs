@@ -6,21 +6,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::{StreamExt, stream};
-use martlet_core::backoff::BackoffOptions;
 use martlet_core::{
     CallError, ClientOptions, ClientProxy, ConnectionStatus, Data, HandlerGroup, Microservice, RpcError,
-    RunningService, Server, ServerOptions, StartError, event, message,
+    Server, StartError, event, message,
 };
 use martlet_testkit::fault::{Faults, FaultyDial, FaultyListen};
 use martlet_testkit::memory::{
     MemoryClient, MemoryDial, MemoryListen, MemoryNetwork, MemoryOptions, MemoryServer,
 };
 
-use crate::support::{eventually, log, ms, ok, paused, real};
-
-fn quick() -> BackoffOptions {
-    BackoffOptions::between(ms(5), ms(50))
-}
+use crate::support::{end, eventually, log, ms, ok, paused, quick, real, server_options};
 
 fn echo() -> HandlerGroup {
     message("echo", |Data(number): Data<u64>| async move { ok(number) })
@@ -35,19 +30,6 @@ fn client_with(
     options.retry_delay = quick();
     change(&mut options);
     ClientProxy::new(FaultyDial::new(MemoryDial::new(network), faults), options)
-}
-
-fn server_options() -> ServerOptions {
-    let mut options = ServerOptions::default();
-    options.retry_delay = quick();
-    options
-}
-
-async fn end(client: ClientProxy, service: RunningService) {
-    assert_eq!(client.occupied(), 0);
-    client.close().await;
-    let report = service.stop(ms(2000)).await;
-    assert!(report.clean, "{report:?}");
 }
 
 #[test]

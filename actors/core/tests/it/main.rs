@@ -6,9 +6,11 @@
 mod conformance;
 mod edges;
 mod faults;
+mod functions;
 mod memory;
 mod packets;
 mod patterns;
+mod settlement;
 mod supervision;
 mod support;
 #[cfg(feature = "tower")]

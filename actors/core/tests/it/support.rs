@@ -5,7 +5,8 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use martlet_core::{EventBus, RpcError, ServiceEvent};
+use martlet_core::backoff::BackoffOptions;
+use martlet_core::{ClientProxy, EventBus, RpcError, RunningService, ServerOptions, ServiceEvent};
 use martlet_testkit::conformance::quiet_deliberate_panics;
 use parking_lot::Mutex;
 
@@ -53,4 +54,24 @@ pub(crate) fn log(bus: &EventBus) -> Arc<Mutex<Vec<String>>> {
     let write = Arc::clone(&log);
     bus.on(move |event: &ServiceEvent| write.lock().push(format!("{}: {event}", event.name())));
     log
+}
+
+/// Short pauses between attempts.
+pub(crate) fn quick() -> BackoffOptions {
+    BackoffOptions::between(ms(5), ms(50))
+}
+
+/// A server that tries again quickly.
+pub(crate) fn server_options() -> ServerOptions {
+    let mut options = ServerOptions::default();
+    options.retry_delay = quick();
+    options
+}
+
+/// Closes both; nothing may be left.
+pub(crate) async fn end(client: ClientProxy, service: RunningService) {
+    assert_eq!(client.occupied(), 0);
+    client.close().await;
+    let report = service.stop(ms(2000)).await;
+    assert!(report.clean, "{report:?}");
 }

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Handlers from functions: async, sync, or returning a stream, told apart by what they return.
+//!
+//! A function is a handler by its arguments ([`HandlerFn`]) and by its result ([`HandlerOutput`]). The parameter
+//! `Kind` of the latter is found by the compiler; nobody writes it.
+
+use std::future::Future;
+use std::panic::Location;
+use std::sync::Arc;
+
+use futures::Stream;
+use serde::Serialize;
+
+use crate::error::RpcError;
+use crate::handler::{Endpoint, HandlerGroup, IntoOutcome};
+use crate::pattern::Pattern;
+use crate::payload::Format;
+use crate::recycled::Recycled;
+use crate::reply::{HandlerResult, IntoReply, Streaming, TryStreaming};
+use crate::request::{FromRequest, Request};
+use crate::route::{HandlerInfo, HandlerKind};
+
+/// A message handler from a function: async, sync, or returning a stream.
+///
+/// | the function returns | it answers |
+/// |---|---|
+/// | `Result<R, E>`, where `R: IntoReply` and `E: Into<RpcError>` | one value, or the error |
+/// | `()` | completion without a value |
+/// | `impl Stream<Item = T>`, where `T: Serialize` | a reply per item |
+/// | `impl Stream<Item = Result<T, E>>`, where `E: Into<RpcError>` | a reply per item, until an error ends them |
+/// | `Result<impl Stream<…>, E>` | the error, or a reply per item |
+/// | a future of any of these (`async fn`) | the same, later |
+///
+/// Where `E` is `Serialize` as well (a `String`), the items of a stream could be meant as values: say which by
+/// [`Streaming`] or [`TryStreaming`] around the stream.
+///
+/// A sync function is for work that ends at once: while it runs, nothing else does on its arbiter.
+///
+/// # Examples
+///
+/// ```
+/// use futures::stream::{self, Stream};
+/// use martlet_core::{Data, RpcError, message};
+///
+/// // Async, as a closure.
+/// let sum = message("sum", |Data(numbers): Data<Vec<i64>>| async move {
+///     Ok::<_, RpcError>(numbers.iter().sum::<i64>())
+/// });
+///
+/// // Sync.
+/// fn half(Data(number): Data<i64>) -> Result<i64, RpcError> {
+///     if number % 2 == 0 { Ok(number / 2) } else { Err(RpcError::message("odd")) }
+/// }
+/// let half = message("half", half);
+///
+/// // A reply per item.
+/// fn count(Data(to): Data<u32>) -> impl Stream<Item = u32> {
+///     stream::iter(1..=to)
+/// }
+/// let count = message("count", count);
+/// ```
+#[track_caller]
+pub fn message<H, Args>(pattern: impl Into<Pattern>, handler: H) -> HandlerGroup
+where
+    H: HandlerFn<Args>,
+    Args: 'static,
+{
+    from_fn(HandlerKind::Message, pattern.into(), handler)
+}
+
+/// An event handler from a function: async, sync, or returning a stream, as for [`message`]. What it returns is
+/// discarded (a stream is read to its end); an error is counted, and reported if it is unexpected.
+///
+/// # Examples
+///
+/// ```
+/// use martlet_core::{Data, event};
+///
+/// let seen = event("user.created", |Data(name): Data<String>| println!("welcome, {name}"));
+/// ```
+#[track_caller]
+pub fn event<H, Args>(pattern: impl Into<Pattern>, handler: H) -> HandlerGroup
+where
+    H: HandlerFn<Args>,
+    Args: 'static,
+{
+    from_fn(HandlerKind::Event, pattern.into(), handler)
+}
+
+#[track_caller]
+fn from_fn<H, Args>(kind: HandlerKind, pattern: Pattern, handler: H) -> HandlerGroup
+where
+    H: HandlerFn<Args>,
+    Args: 'static,
+{
+    let name: Arc<str> = Arc::from(pattern.route().to_string());
+    let info =
+        HandlerInfo { location: Location::caller(), ..HandlerInfo::new(Arc::clone(&name), kind, pattern) };
+    HandlerGroup::from_parts(name, vec![info], move |_| {
+        let handler = handler.clone();
+        let futures = Recycled::default();
+        vec![Box::new(move |request| futures.start(handler.clone().call(request))) as Box<dyn Endpoint>]
+    })
+}
+
+// === functions ===
+
+/// A function that can be a handler: its arguments are extractors, its result is a [`HandlerOutput`].
+#[diagnostic::on_unimplemented(
+    message = "this function cannot be a handler",
+    label = "not a handler",
+    note = "a handler takes at most eight arguments, each of which implements `FromRequest` (such as `Data<T>`)",
+    note = "a handler returns `Result<R, E>` where `R: IntoReply` and `E: Into<RpcError>`, or a stream of `T` or of `Result<T, E>` where `T: Serialize`, or nothing; it may be async"
+)]
+pub trait HandlerFn<Args>: Clone + Send + Sync + 'static {
+    /// Calls it.
+    fn call(self, request: Request) -> impl Future<Output = HandlerResult> + 'static;
+}
+
+macro_rules! handler_fn {
+    ($($arg:ident),*) => {
+        impl<F, O, Kind: 'static, $($arg),*> HandlerFn<(Kind, $($arg,)*)> for F
+        where
+            F: Fn($($arg),*) -> O + Clone + Send + Sync + 'static,
+            O: HandlerOutput<Kind> + 'static,
+            $($arg: FromRequest + 'static,)*
+        {
+            #[allow(non_snake_case, unused_variables)]
+            async fn call(self, request: Request) -> HandlerResult {
+                let format = request.format();
+                $(let $arg = $arg::from_request(&request).await?;)*
+                drop(request);
+                self($($arg),*).into_result(format).await
+            }
+        }
+    };
+}
+
+handler_fn!();
+handler_fn!(A1);
+handler_fn!(A1, A2);
+handler_fn!(A1, A2, A3);
+handler_fn!(A1, A2, A3, A4);
+handler_fn!(A1, A2, A3, A4, A5);
+handler_fn!(A1, A2, A3, A4, A5, A6);
+handler_fn!(A1, A2, A3, A4, A5, A6, A7);
+handler_fn!(A1, A2, A3, A4, A5, A6, A7, A8);
+
+// === what they return ===
+
+/// What a function that is a handler returns: an [`Answer`], or a future of one.
+pub trait HandlerOutput<Kind> {
+    /// The handler's result.
+    fn into_result(self, format: Format) -> impl Future<Output = HandlerResult>;
+}
+
+/// What a handler answers with, once it is there.
+pub trait Answer<Kind> {
+    /// The handler's result.
+    ///
+    /// # Errors
+    ///
+    /// The failure of the handler.
+    fn into_answer(self, format: Format) -> HandlerResult;
+}
+
+/// The kinds of what functions return. They are never written, only found.
+pub mod kind {
+    /// It is there when the function returns.
+    #[derive(Debug)]
+    pub struct Sync<Kind>(std::marker::PhantomData<Kind>);
+    /// It is awaited.
+    #[derive(Debug)]
+    pub struct Async<Kind>(std::marker::PhantomData<Kind>);
+    /// One value, an error, or nothing.
+    #[derive(Debug)]
+    pub struct Single;
+    /// A stream whose items are values.
+    #[derive(Debug)]
+    pub struct StreamOfValues;
+    /// A stream whose items are results.
+    #[derive(Debug)]
+    pub struct StreamOfResults;
+    /// A stream, or an error instead of it.
+    #[derive(Debug)]
+    pub struct StreamOrError<Kind>(std::marker::PhantomData<Kind>);
+}
+
+impl<O: Answer<Kind>, Kind> HandlerOutput<kind::Sync<Kind>> for O {
+    async fn into_result(self, format: Format) -> HandlerResult {
+        self.into_answer(format)
+    }
+}
+
+impl<O, Kind> HandlerOutput<kind::Async<Kind>> for O
+where
+    O: Future,
+    O::Output: Answer<Kind>,
+{
+    async fn into_result(self, format: Format) -> HandlerResult {
+        self.await.into_answer(format)
+    }
+}
+
+impl<O: IntoOutcome> Answer<kind::Single> for O {
+    fn into_answer(self, format: Format) -> HandlerResult {
+        self.into_outcome(format)
+    }
+}
+
+impl<S> Answer<kind::StreamOfValues> for S
+where
+    S: Stream + 'static,
+    S::Item: Serialize,
+{
+    fn into_answer(self, format: Format) -> HandlerResult {
+        Streaming(self).into_reply(format)
+    }
+}
+
+impl<S, T, E> Answer<kind::StreamOfResults> for S
+where
+    S: Stream<Item = Result<T, E>> + 'static,
+    T: Serialize,
+    E: Into<RpcError>,
+{
+    fn into_answer(self, format: Format) -> HandlerResult {
+        TryStreaming(self).into_reply(format)
+    }
+}
+
+impl<S, E, Kind> Answer<kind::StreamOrError<Kind>> for Result<S, E>
+where
+    S: Stream + Answer<Kind>,
+    E: Into<RpcError>,
+{
+    fn into_answer(self, format: Format) -> HandlerResult {
+        self.map_err(Into::into)?.into_answer(format)
+    }
+}

@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The socket of one connection, with a gate before its reading side.
+//!
+//! The driver's own thread reads whatever the broker sends and queues it without a bound. The gate gives that
+//! thread a credit of bytes, which grows as messages are taken: with no credit left nothing is read, the socket
+//! fills up, and the broker keeps the rest in its queue (RMQ-18). The gate also ends the driver's thread when its
+//! session is over, whatever state the connection is in.
+
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use async_rs::Tokio;
+use async_rs::traits::Reactor;
+use async_rs::util::RuntimeParts;
+use futures::io::{AsyncRead, AsyncWrite};
+use futures::stream::Stream;
+use futures::task::AtomicWaker;
+
+/// The runtime that the driver is given: tokio, with gated sockets.
+pub(crate) type GatedRuntime = RuntimeParts<Tokio, GatedReactor>;
+
+/// How often a closed gate lets a few bytes through, so that the broker's heartbeats are still seen.
+const TRICKLE_EVERY: Duration = Duration::from_secs(1);
+
+/// How many bytes that are: a heartbeat has eight.
+const TRICKLE_BYTES: usize = 64;
+
+/// What the reading session and the driver's thread share.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    /// Bytes that may wait in the driver; no bound if it is not positive.
+    limit: i64,
+    credit: AtomicI64,
+    closed: AtomicBool,
+    aborted: AtomicBool,
+    /// The driver's thread, when it may not read.
+    socket: AtomicWaker,
+    writer: AtomicWaker,
+    /// The session, when it waits for messages.
+    reader: AtomicWaker,
+}
+
+impl Gate {
+    /// A gate that lets so many bytes wait; zero for any number.
+    pub(crate) fn new(limit: usize) -> Arc<Self> {
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        Arc::new(Self {
+            limit,
+            credit: AtomicI64::new(limit),
+            closed: AtomicBool::new(false),
+            aborted: AtomicBool::new(false),
+            socket: AtomicWaker::new(),
+            writer: AtomicWaker::new(),
+            reader: AtomicWaker::new(),
+        })
+    }
+
+    /// A message of so many bytes was taken.
+    pub(crate) fn taken(&self, bytes: usize) {
+        if self.limit <= 0 {
+            return;
+        }
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        let credit = self.credit.fetch_add(bytes, Ordering::AcqRel).saturating_add(bytes);
+        if credit > self.limit {
+            self.credit.store(self.limit, Ordering::Release);
+        }
+        if credit >= self.limit / 2 {
+            self.open();
+        }
+    }
+
+    /// Nothing waits: the whole credit is there again. `cx` is woken when it is used up without a message.
+    pub(crate) fn empty(&self, cx: &mut Context<'_>) {
+        if self.limit <= 0 {
+            return;
+        }
+        self.reader.register(cx.waker());
+        self.credit.store(self.limit, Ordering::Release);
+        self.open();
+    }
+
+    /// Whether reading has stopped for want of credit.
+    #[cfg(test)]
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    fn open(&self) {
+        if self.closed.swap(false, Ordering::AcqRel) {
+            self.socket.wake();
+        }
+    }
+
+    /// Ends the connection at its next read or write.
+    pub(crate) fn abort(&self) {
+        self.aborted.store(true, Ordering::Release);
+        self.socket.wake();
+        self.writer.wake();
+    }
+
+    fn is_aborted(&self) -> bool {
+        self.aborted.load(Ordering::Acquire)
+    }
+
+    /// How many bytes may be read now; `None` when the gate is closed.
+    fn allowance(&self, waker: &std::task::Waker) -> Option<usize> {
+        if self.limit <= 0 {
+            return Some(usize::MAX);
+        }
+        let credit = || self.credit.load(Ordering::Acquire);
+        if !self.closed.load(Ordering::Acquire) {
+            if let Ok(left @ 1..) = usize::try_from(credit()) {
+                return Some(left);
+            }
+            self.closed.store(true, Ordering::Release);
+        }
+        self.socket.register(waker);
+        // The session may wait for the rest of a message that is larger than the credit.
+        self.reader.wake();
+        // It may have been opened meanwhile.
+        if self.closed.load(Ordering::Acquire) {
+            if credit() < self.limit / 2 {
+                return None;
+            }
+            self.closed.store(false, Ordering::Release);
+        }
+        usize::try_from(credit()).ok().filter(|left| *left > 0)
+    }
+
+    fn read(&self, bytes: usize) {
+        if self.limit > 0 {
+            self.credit.fetch_sub(i64::try_from(bytes).unwrap_or(i64::MAX), Ordering::AcqRel);
+        }
+    }
+}
+
+fn ended() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, "the session has ended")
+}
+
+/// Makes gated sockets.
+#[derive(Clone)]
+pub(crate) struct GatedReactor {
+    tokio: Tokio,
+    gate: Arc<Gate>,
+}
+
+impl fmt::Debug for GatedReactor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("GatedReactor")
+    }
+}
+
+/// The runtime for one connection.
+pub(crate) fn runtime(gate: &Arc<Gate>) -> async_rs::Runtime<GatedRuntime> {
+    let tokio = Tokio::current();
+    let reactor = GatedReactor { tokio: tokio.clone(), gate: Arc::clone(gate) };
+    async_rs::Runtime::new(RuntimeParts::new(tokio, reactor))
+}
+
+impl Reactor for GatedReactor {
+    type TcpStream = Gated;
+    type Sleep = <Tokio as Reactor>::Sleep;
+
+    fn register<H: io::Read + io::Write + Send + 'static>(
+        &self,
+        _socket: H,
+    ) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
+        Err::<Gated, _>(io::Error::from(io::ErrorKind::Unsupported))
+    }
+
+    fn sleep(&self, duration: Duration) -> Self::Sleep {
+        self.tokio.sleep(duration)
+    }
+
+    fn interval(&self, duration: Duration) -> impl Stream<Item = Instant> + Send + 'static {
+        self.tokio.interval(duration)
+    }
+
+    fn tcp_connect_addr(
+        &self,
+        address: SocketAddr,
+    ) -> impl Future<Output = io::Result<Gated>> + Send + 'static {
+        let (gate, tokio) = (Arc::clone(&self.gate), self.tokio.clone());
+        async move {
+            let socket = tokio.tcp_connect_addr(address).await?;
+            if gate.is_aborted() {
+                return Err(ended());
+            }
+            Ok(Gated { socket, gate, tokio, trickle: None })
+        }
+    }
+}
+
+/// A socket behind a gate.
+pub(crate) struct Gated {
+    socket: <Tokio as Reactor>::TcpStream,
+    gate: Arc<Gate>,
+    tokio: Tokio,
+    /// Runs while the gate is closed.
+    trickle: Option<Pin<Box<<Tokio as Reactor>::Sleep>>>,
+}
+
+impl fmt::Debug for Gated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Gated")
+    }
+}
+
+impl Gated {
+    /// How many bytes may be read now.
+    fn poll_allowance(&mut self, cx: &mut Context<'_>) -> Poll<usize> {
+        if let Some(left) = self.gate.allowance(cx.waker()) {
+            self.trickle = None;
+            return Poll::Ready(left);
+        }
+        let tokio = &self.tokio;
+        let trickle = self.trickle.get_or_insert_with(|| Box::pin(tokio.sleep(TRICKLE_EVERY)));
+        std::task::ready!(trickle.as_mut().poll(cx));
+        self.trickle = None;
+        Poll::Ready(TRICKLE_BYTES)
+    }
+}
+
+impl AsyncRead for Gated {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        self.gate.socket.register(cx.waker());
+        if self.gate.is_aborted() {
+            return Poll::Ready(Err(ended()));
+        }
+        let allowed = std::task::ready!(self.poll_allowance(cx)).min(buffer.len());
+        let read = std::task::ready!(Pin::new(&mut self.socket).poll_read(cx, &mut buffer[..allowed]))?;
+        self.gate.read(read);
+        Poll::Ready(Ok(read))
+    }
+}
+
+impl AsyncWrite for Gated {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.gate.writer.register(cx.waker());
+        if self.gate.is_aborted() {
+            return Poll::Ready(Err(ended()));
+        }
+        Pin::new(&mut self.socket).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.gate.writer.register(cx.waker());
+        if self.gate.is_aborted() {
+            return Poll::Ready(Err(ended()));
+        }
+        Pin::new(&mut self.socket).poll_write_vectored(cx, parts)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_close(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::task::Waker;
+
+    #[test]
+    fn a_gate_closes_without_credit_and_opens_at_half_of_it() {
+        let gate = Gate::new(100);
+        let waker = Waker::noop();
+        assert_eq!(gate.allowance(waker), Some(100));
+        gate.read(100);
+        assert_eq!(gate.allowance(waker), None);
+        assert!(gate.is_closed());
+        gate.taken(49);
+        assert_eq!(gate.allowance(waker), None);
+        gate.taken(1);
+        assert_eq!(gate.allowance(waker), Some(50));
+        gate.read(50);
+        assert_eq!(gate.allowance(waker), None);
+        gate.empty(&mut Context::from_waker(waker));
+        assert_eq!(gate.allowance(waker), Some(100));
+    }
+
+    #[test]
+    fn what_was_taken_never_makes_more_credit_than_the_limit() {
+        let gate = Gate::new(100);
+        gate.taken(1000);
+        assert_eq!(gate.allowance(Waker::noop()), Some(100));
+    }
+
+    #[test]
+    fn a_gate_without_a_limit_is_always_open() {
+        let gate = Gate::new(0);
+        gate.read(1 << 40);
+        assert_eq!(gate.allowance(Waker::noop()), Some(usize::MAX));
+    }
+}

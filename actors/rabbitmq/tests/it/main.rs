@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The RabbitMQ transporter against a real node, which the test binary starts.
+#![allow(clippy::unwrap_used)]
+
+mod config;
+mod conformance;
+mod messages;
+mod world;
