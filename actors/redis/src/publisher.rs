@@ -31,6 +31,8 @@ pub(crate) enum Note {
     Plain,
     /// The caller of a request.
     Request(PacketId),
+    /// The sender of an event.
+    Event(PacketId),
     /// The handler of a request, whose stream goes on.
     Item(Raw),
 }
