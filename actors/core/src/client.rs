@@ -28,7 +28,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::backoff::{Backoff, BackoffOptions};
-use crate::correlation::{CallKind, ClientCore, CorrelationLimits, NewCall};
+use crate::correlation::{CallKind, ClientCore, CorrelationLimits, NewCall, Reply};
 use crate::error::{CallError, RemoteError, SessionError, SessionErrorKind, StartError};
 use crate::events::{EventBus, ServiceEvent};
 use crate::headers::Headers;
@@ -470,7 +470,12 @@ fn insert_trace(metadata: &mut Metadata, trace: &TraceContext) {
 }
 
 impl Running {
-    fn poll_reply(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Payload, CallError>>> {
+    fn poll_payload(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Payload, CallError>>> {
+        let format = self.client.shared.info.format;
+        self.poll_reply(cx).map_ok(|reply| reply.into_payload(format))
+    }
+
+    fn poll_reply(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Reply, CallError>>> {
         if self.ended {
             return Poll::Ready(None);
         }
@@ -483,11 +488,11 @@ impl Running {
         }
         match shared.core.poll_reply(self.key, cx) {
             Poll::Pending => Poll::Pending,
-            Poll::Ready(Some(Ok((payload, last)))) => {
+            Poll::Ready(Some(Ok((reply, last)))) => {
                 self.ended = last;
                 Poll::Ready(Some(match &shared.options.map_response {
-                    Some(map) => map(payload),
-                    None => Ok(payload),
+                    Some(map) => map(reply.into_payload(shared.info.format)).map(Reply::Long),
+                    None => Ok(reply),
                 }))
             }
             Poll::Ready(Some(Err(error))) => {
@@ -588,11 +593,19 @@ impl<T> Call<T> {
 }
 
 impl CallState {
+    /// What the replies are in.
+    fn format(&self) -> Format {
+        match self {
+            Self::Running(running) => running.client.shared.info.format,
+            _ => Format::Json,
+        }
+    }
+
     fn poll_reply(
         &mut self,
         kind: CallKind,
         cx: &mut TaskContext<'_>,
-    ) -> Poll<Option<Result<Payload, CallError>>> {
+    ) -> Poll<Option<Result<Reply, CallError>>> {
         match self {
             Self::Running(running) => running.poll_reply(cx),
             Self::Ended => Poll::Ready(None),
@@ -616,8 +629,12 @@ impl CallState {
     }
 }
 
-fn decode<T: DeserializeOwned>(payload: &Payload) -> Result<T, CallError> {
-    payload.decode().map_err(|error| CallError::Decode(Arc::new(error)))
+fn decode<T: DeserializeOwned>(reply: &Reply, format: Format) -> Result<T, CallError> {
+    let decoded = match reply {
+        Reply::Short(raw) => format.decode(raw),
+        Reply::Long(payload) => payload.decode(),
+    };
+    decoded.map_err(|error| CallError::Decode(Arc::new(error)))
 }
 
 impl<T: DeserializeOwned> Future for Call<T> {
@@ -626,14 +643,11 @@ impl<T: DeserializeOwned> Future for Call<T> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         let reply = std::task::ready!(this.state.poll_reply(CallKind::Single, cx));
-        let format = match &this.state {
-            CallState::Running(running) => running.client.shared.info.format,
-            _ => Format::Json,
-        };
+        let format = this.state.format();
         // Dropping what runs frees the slot and cancels the rest of a stream.
         this.state = CallState::Ended;
         Poll::Ready(match reply {
-            Some(Ok(payload)) => decode(&payload),
+            Some(Ok(reply)) => decode(&reply, format),
             Some(Err(error)) => Err(error),
             None => Payload::null(format).decode().map_err(|_| CallError::NoValue),
         })
@@ -670,7 +684,7 @@ impl<T: DeserializeOwned> Stream for ReplyStream<T> {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
         match std::task::ready!(this.state.poll_reply(CallKind::Stream, cx)) {
-            Some(Ok(payload)) => Poll::Ready(Some(decode(&payload))),
+            Some(Ok(reply)) => Poll::Ready(Some(decode(&reply, this.state.format()))),
             Some(Err(error)) => {
                 this.state = CallState::Ended;
                 Poll::Ready(Some(Err(error)))
@@ -862,7 +876,7 @@ impl Handler<SendMessage> for ClientActor {
                 prepared.timeout = message.timeout;
             }
             let mut running = prepared.start(CallKind::Single, None)?;
-            match std::future::poll_fn(|cx| running.poll_reply(cx)).await {
+            match std::future::poll_fn(|cx| running.poll_payload(cx)).await {
                 Some(reply) => reply,
                 None => Ok(Payload::null(proxy.shared.info.format)),
             }

@@ -9,7 +9,9 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use crate::json::{self, Members};
 use crate::msgpack;
 pub use crate::packet::{INTERNAL_ERROR_TEXT, NO_HANDLER_TEXT};
-use crate::packet::{IncomingPacket, OutgoingPacket, PatternText, Raw, ResponseBody, ResponsePacket};
+use crate::packet::{
+    IncomingPacket, OutgoingPacket, PatternText, Raw, ResponseBody, ResponsePacket, ShortReply,
+};
 use crate::payload::{EncodeError, Format, Payload};
 use crate::transport::PacketId;
 
@@ -88,6 +90,12 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     /// As [`Codec::decode_response`].
     fn decode_response_owned(&self, frame: Bytes) -> Result<ResponsePacket, CodecError> {
         self.decode_response(&frame)
+    }
+
+    /// Reads a reply that is one short value, the last one, to a request of ours: such replies need no memory of
+    /// their own. `None` for any other, and wherever it is not certain: [`Codec::decode_response`] is asked then.
+    fn decode_short_response(&self, _frame: &[u8]) -> Option<ShortReply> {
+        None
     }
 
     /// Writes a reply. `id` is a raw value in the codec's format and copied as it is.
@@ -309,6 +317,12 @@ impl Codec for JsonCodec {
 
     fn decode_response(&self, frame: &Bytes) -> Result<ResponsePacket, CodecError> {
         self.decode_response_owned(frame.clone())
+    }
+
+    fn decode_short_response(&self, frame: &[u8]) -> Option<ShortReply> {
+        let (value, id) = usual_response(frame)?;
+        let id = PacketId::from_text(frame.get(id.start + 1..id.end - 1)?)?;
+        Some(ShortReply { id, value: Raw::inline(&frame[value])? })
     }
 
     fn decode_response_owned(&self, frame: Bytes) -> Result<ResponsePacket, CodecError> {

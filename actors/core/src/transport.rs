@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use crate::error::SessionError;
 use crate::headers::Headers;
-use crate::packet::{Metadata, Raw, ResponseBody, ResponsePacket};
+use crate::packet::{Metadata, Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::{Pattern, Route};
 use crate::payload::{Format, Payload};
 use crate::request::TIMEOUT_KEY;
@@ -148,6 +148,8 @@ pub enum Inbound<R> {
     Event(Delivery<R>),
     /// A response to a request of ours.
     Response(ResponsePacket),
+    /// A response to a request of ours that is one short value, the last one.
+    Reply(ShortReply),
     /// A request of ours reached nobody (a broker without subscribers said so).
     Unreachable {
         /// The id of the request.

@@ -170,6 +170,12 @@ impl NatsReader {
                     return None;
                 }
                 let id = PacketId::from_text(token.as_bytes())?;
+                if message.status.is_none()
+                    && let Some(reply) = link.settings.codec.decode_short_response(&message.payload)
+                    && reply.id == id
+                {
+                    return Some(Inbound::Reply(reply));
+                }
                 let status = message.status.map(|status| status.as_u16());
                 match wire::decode_response(&*link.settings.codec, token, status, &message.payload) {
                     Answer::Reply(packet) => Some(Inbound::Response(packet)),
