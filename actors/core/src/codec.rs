@@ -203,17 +203,16 @@ fn response(frame: &Bytes, format: Format, members: Members<5>, rules: &ValueRul
 
 /// The spans of the value and the id of a reply that is written as NestJS and Martlet write nearly all of theirs:
 /// one value, the last one, and an id of ours. What this does not know is read member by member.
-fn usual_response(frame: &[u8]) -> Option<(json::Span, json::Span)> {
+fn usual_response(frame: &[u8]) -> Option<(json::Span, PacketId)> {
     const HEAD: &[u8] = b"{\"response\":";
     const MIDDLE: &[u8] = b",\"isDisposed\":true,\"id\":";
-    let id = frame.len().checked_sub(PacketId::LEN + 3)?..frame.len() - 1;
-    let [b'"', text @ .., b'"', b'}'] = frame.get(id.start..)? else { return None };
-    let value = HEAD.len()..id.start.checked_sub(MIDDLE.len())?;
-    let usual = frame.starts_with(HEAD)
-        && frame.get(value.end..id.start)? == MIDDLE
-        && json::is_plain(text)
-        && json::is_value(frame, &value);
-    usual.then_some((value, id))
+    let id = frame.len().checked_sub(PacketId::LEN + 3)?;
+    let [b'"', text @ .., b'"', b'}'] = frame.get(id..)? else { return None };
+    let value = HEAD.len()..id.checked_sub(MIDDLE.len())?;
+    let usual =
+        frame.starts_with(HEAD) && frame.get(value.end..id)? == MIDDLE && json::is_value(frame, &value);
+    let id = PacketId::from_text(text).filter(|_| usual)?;
+    Some((value, id))
 }
 
 /// How one format tells what matters to replies.
@@ -321,13 +320,13 @@ impl Codec for JsonCodec {
 
     fn decode_short_response(&self, frame: &[u8]) -> Option<ShortReply> {
         let (value, id) = usual_response(frame)?;
-        let id = PacketId::from_text(frame.get(id.start + 1..id.end - 1)?)?;
         Some(ShortReply { id, value: Raw::inline(&frame[value])? })
     }
 
     fn decode_response_owned(&self, frame: Bytes) -> Result<ResponsePacket, CodecError> {
-        if let Some((value, id)) = usual_response(&frame) {
-            let id = Raw::slice(&frame, id);
+        if let Some((value, _)) = usual_response(&frame) {
+            let end = frame.len() - 1;
+            let id = Raw::slice(&frame, end - PacketId::LEN - 2..end);
             let body = ResponseBody::Last(Some(into_payload(frame, Format::Json, value)));
             return Ok(ResponsePacket { id: Some(id), status: None, body, foreign: false });
         }

@@ -414,11 +414,7 @@ impl ClientCore {
     }
 
     fn key_of(&self, id: PacketId) -> Option<SlotKey> {
-        self.key_of_text(id.as_str().as_bytes())
-    }
-
-    fn key_of_text(&self, text: &[u8]) -> Option<SlotKey> {
-        let (prefix, generation, index) = PacketId::parts(text)?;
+        let (prefix, generation, index) = id.parts();
         (prefix == self.prefix).then_some(SlotKey { index, generation })
     }
 
@@ -520,7 +516,7 @@ impl ClientCore {
     }
 
     fn on_response(&self, state: &mut State, packet: ResponsePacket) {
-        let key = packet.id.as_ref().and_then(|raw| self.key_of_text(id_text(raw)));
+        let key = packet.id.as_ref().and_then(own_id).and_then(|id| self.key_of(id));
         let Some((key, entry)) = state.waiting(key) else { return };
         match packet.body {
             ResponseBody::Item(payload) => self.on_item(state, key, payload),
@@ -733,13 +729,13 @@ impl ClientCore {
     }
 }
 
-/// The text of an id of ours, out of the raw bytes of a reply's `id`: a JSON or MessagePack string.
-fn id_text(raw: &Raw) -> &[u8] {
-    match &**raw {
+/// An id of ours, out of the raw bytes of a reply's `id`: a JSON or MessagePack string.
+fn own_id(raw: &Raw) -> Option<PacketId> {
+    PacketId::from_text(match &**raw {
         [b'"', text @ .., b'"'] if text.len() == PacketId::LEN => text,
         [0xb5, text @ ..] if text.len() == PacketId::LEN => text,
         text => text,
-    }
+    })
 }
 
 impl State {
