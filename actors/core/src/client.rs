@@ -229,12 +229,17 @@ impl ClientProxy {
     }
 
     fn prepare(&self, pattern: Pattern, data: impl IntoRecord) -> Prepared {
-        let record = data.into_record(self.shared.info.format);
+        let message = data.into_record(self.shared.info.format).map(|(data, headers)| OutboundMessage {
+            id: None,
+            pattern,
+            data,
+            metadata: Metadata::new(),
+            timeout: self.shared.options.timeout,
+            headers,
+        });
         Prepared {
             client: self.clone(),
-            pattern,
-            record,
-            timeout: self.shared.options.timeout,
+            message,
             idempotent: false,
             extras: Ambient::current()
                 .map(|ambient| Box::new(Extras { ambient: Some(ambient), ..Extras::default() })),
@@ -374,9 +379,8 @@ impl ClientProxy {
 
 struct Prepared {
     client: ClientProxy,
-    pattern: Pattern,
-    record: Result<(Payload, Headers), EncodeError>,
-    timeout: Option<Duration>,
+    /// In the form in which it is queued: what is moved often is put together once.
+    message: Result<OutboundMessage, EncodeError>,
     idempotent: bool,
     /// What most calls do not have.
     extras: Option<Box<Extras>>,
@@ -408,15 +412,19 @@ impl Prepared {
         self.extras.get_or_insert_default()
     }
 
+    fn set_timeout(&mut self, timeout: Option<Duration>) {
+        if let Ok(message) = &mut self.message {
+            message.timeout = timeout;
+        }
+    }
+
     /// Starts it; `cx` is of the task that waits for its reply, if that is known.
     fn start(self, kind: CallKind, cx: Option<&TaskContext<'_>>) -> Result<Running, CallError> {
-        let Self { client, pattern, record, timeout, idempotent, extras } = self;
-        let (data, headers) = record.map_err(|error| CallError::Encode(Arc::new(error)))?;
-        (client.shared.check)(&pattern).map_err(|reason| {
+        let Self { client, message, idempotent, extras } = self;
+        let mut message = message.map_err(|error| CallError::Encode(Arc::new(error)))?;
+        (client.shared.check)(&message.pattern).map_err(|reason| {
             CallError::Encode(Arc::from(Box::<dyn std::error::Error + Send + Sync>::from(reason)))
         })?;
-        let mut message =
-            OutboundMessage { id: None, pattern, data, metadata: Metadata::new(), timeout, headers };
         let mut cancelled = None;
         if let Some(extras) = extras {
             cancelled = extras.add_to(&mut message, client.shared.options.propagate);
@@ -550,12 +558,12 @@ impl<T> Call<T> {
 
     /// How long to wait for the reply (a stream: for each), instead of the client's default.
     pub fn timeout(self, timeout: Duration) -> Self {
-        self.change(|call| call.timeout = Some(timeout))
+        self.change(|call| call.set_timeout(Some(timeout)))
     }
 
     /// Waits for ever.
     pub fn no_timeout(self) -> Self {
-        self.change(|call| call.timeout = None)
+        self.change(|call| call.set_timeout(None))
     }
 
     /// Declares that running the handler twice does no harm: the call is sent again when its connection
@@ -873,7 +881,7 @@ impl Handler<SendMessage> for ClientActor {
         Box::pin(async move {
             let mut prepared = proxy.prepare(message.pattern, message.data);
             if message.timeout.is_some() {
-                prepared.timeout = message.timeout;
+                prepared.set_timeout(message.timeout);
             }
             let mut running = prepared.start(CallKind::Single, None)?;
             match std::future::poll_fn(|cx| running.poll_payload(cx)).await {

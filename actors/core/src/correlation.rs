@@ -316,6 +316,11 @@ impl ClientCore {
         let key = SlotKey { index, generation };
         state.unended += 1;
         state.enqueue(Queued { key, kind: call.kind, live: true, message: call.message });
+        if call.kind != CallKind::Event
+            && let Some(queued) = state.queue.back_mut()
+        {
+            queued.message.id = Some(self.id(key));
+        }
         let mut first = false;
         if state.session.is_none() || state.stalled {
             first = state.set_deadline(key, Instant::now());
@@ -446,7 +451,6 @@ impl ClientCore {
             if entry.idempotent && entry.again.is_none() {
                 entry.again = Some(Box::new(queued.message.clone()));
             }
-            queued.message.id = Some(self.id(key));
             if entry.deadline.is_none() && entry.timeout.is_some() {
                 first |= state.set_deadline(key, *now.get_or_insert_with(Instant::now));
             }
