@@ -9,6 +9,9 @@
 //! ^C
 //! ```
 //!
+//! With the features of the brokers, any of these: `nats://HOST?queue=workers`, `redis://HOST?wildcards=true`,
+//! `amqp://HOST?queue=NAME&wildcards=true`, `mqtt://HOST?protocolVersion=5`.
+//!
 //! On SIGTERM or SIGINT it answers what is in flight and exits with 0. `--name NAME` is what `whoami` answers; by default
 //! the process id. NestJS's `undefinedItem` is missing: JSON has no undefined inside a stream.
 
@@ -26,7 +29,7 @@ use martlet::interceptor::Next;
 use martlet::microservice::shutdown_signal;
 use martlet::prelude::*;
 use martlet::reply::{HandlerResult, IntoReply, Reply};
-use martlet::{Interceptor, Request, TransportId};
+use martlet::{Interceptor, Request, TransportId, TransportKind};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -40,6 +43,9 @@ struct Shared {
     slow_running: AtomicU64,
     infinite_active: AtomicU64,
     subjects: Mutex<Vec<String>>,
+    /// Whether handlers acknowledge what came by RabbitMQ, which NestJS leaves to them with `noAck=false`.
+    #[cfg_attr(not(feature = "rabbitmq"), allow(dead_code))]
+    acknowledges: bool,
     /// How this service is reached, per transporter, and the clients made of it.
     own: Arc<Mutex<HashMap<u16, Transport>>>,
     clients: Mutex<HashMap<u16, ClientProxy>>,
@@ -94,8 +100,24 @@ impl Interceptor for Counting {
         {
             shared.count(&key);
         }
+        #[cfg(feature = "rabbitmq")]
+        if request.state::<Shared>().is_some_and(|shared| shared.acknowledges) {
+            return Box::pin(acknowledged(request, next));
+        }
         Box::pin(next.run(request))
     }
+}
+
+/// Acknowledges when the handler has ended, however it did.
+#[cfg(feature = "rabbitmq")]
+async fn acknowledged(request: Request, next: Next<'_>) -> HandlerResult {
+    let message = request.clone();
+    let result = next.run(request).await;
+    if let Some(context) = message.context::<RmqContext>() {
+        // Another handler of the same event may have been faster.
+        let _ = context.ack();
+    }
+    result
 }
 
 type Answer<T> = Result<T, RpcError>;
@@ -147,6 +169,15 @@ fn handlers() -> Vec<HandlerGroup> {
         }),
         message("pattern", async |request: Request| Answer::Ok(address(&request))),
         message("headers", async |request: Request| Answer::Ok(headers(&request))),
+        message("delivery", async |request: Request| Answer::Ok(delivery(&request))),
+        message("record-builder-duplex", async |payload: martlet::Payload, request: Request| {
+            let mut reply =
+                json!({ "data": payload.to_value().unwrap_or_default(), "headers": headers(&request) });
+            if let (Value::Object(reply), Value::Object(delivery)) = (&mut reply, delivery(&request)) {
+                reply.extend(delivery);
+            }
+            Answer::Ok(reply)
+        }),
         message("whoami", async |shared: State<Shared>| Answer::Ok(shared.name.clone())),
         message("fail", fail),
         message("slow", async |State(shared): State<Shared>, Data(slow): Data<Slow>| {
@@ -196,39 +227,87 @@ fn handlers() -> Vec<HandlerGroup> {
             Answer::Ok(lock(&shared.calls).get(&key).copied().unwrap_or_default())
         }),
         message("onlyTcp", async || Answer::Ok("tcp")).transport(TransportId::TCP),
-    ]
-}
-
-/// Those for wildcards and queue groups.
-fn nats_handlers() -> Vec<HandlerGroup> {
-    let groups = vec![
-        message("time.us.*", async |request: Request| Answer::Ok(address(&request))),
-        message("wild.>", async |request: Request| Answer::Ok(address(&request))),
-        event("wildEvent.*", async |shared: State<Shared>, request: Request| {
-            lock(&shared.subjects).push(address(&request));
-            Answer::Ok(())
-        }),
-        message("subjects", async |shared: State<Shared>| Answer::Ok(lock(&shared.subjects).clone())),
-        message("queued", async |shared: State<Shared>| Answer::Ok(shared.name.clone()))
-            .extra("queue", "lab"),
-        message("onlyNats", async || Answer::Ok("nats")),
-        message("math.*", async |Data(numbers): Data<Vec<f64>>| Answer::Ok(total(&numbers))),
-        message("async.*", async |Data(numbers): Data<Vec<f64>>| {
-            tokio::task::yield_now().await;
-            Answer::Ok(total(&numbers))
-        }),
-        message("stream.*", async |Data(numbers): Data<Vec<f64>>| {
-            Answer::Ok(Streaming(stream::iter([total(&numbers)])))
-        }),
-        message("streaming.*", async |Data(items): Data<Vec<Value>>| {
-            Answer::Ok(Streaming(stream::iter(items)))
-        }),
+        message("onlyRedis", async || Answer::Ok("redis")).transport(TransportId::REDIS),
+        message("onlyNats", async || Answer::Ok("nats")).transport(TransportId::NATS),
+        message("onlyMqtt", async || Answer::Ok("mqtt")).transport(TransportId::MQTT),
+        message("onlyRmq", async || Answer::Ok("rmq")).transport(TransportId::RMQ),
         message("exception", async || {
             Answer::Ok(TryStreaming(stream::iter([Answer::<()>::Err(RpcError::message("test"))])))
         }),
-        message("broadcast.*", async || Answer::Ok(Streaming(stream::iter([1]).chain(stream::pending())))),
+        message("subjects", async |shared: State<Shared>| Answer::Ok(lock(&shared.subjects).clone())),
+        // What NestJS's own suites call on several transports.
+        message("broadcast", broadcast),
+        message("ping", async |request: Request| Answer::Ok(address(&request))),
+    ]
+}
+
+/// Several services answer one request with 1 each and do not end.
+async fn broadcast() -> Answer<Streaming<impl Stream<Item = i32>>> {
+    Ok(Streaming(stream::iter([1]).chain(stream::pending())))
+}
+
+/// Notes where an event came by.
+async fn noted(shared: State<Shared>, request: Request) -> Answer<()> {
+    lock(&shared.subjects).push(address(&request));
+    Ok(())
+}
+
+/// Those with wildcards, as each broker writes them: the separator of words, one word, the rest.
+fn wildcard_handlers() -> Vec<HandlerGroup> {
+    let brokers = [
+        (TransportId::NATS, ".", "*", ">"),
+        (TransportId::REDIS, ".", "*", "*"),
+        (TransportId::RMQ, ".", "*", "#"),
+        (TransportId::MQTT, "/", "+", "#"),
     ];
-    groups.into_iter().map(|group| group.transport(TransportId::NATS)).collect()
+    let mut groups = Vec::new();
+    for (id, separator, one, rest) in brokers {
+        let wild = |words: &[&str]| words.join(separator);
+        let of_broker = [
+            message(wild(&["time", "us", one]), async |request: Request| Answer::Ok(address(&request))),
+            message(wild(&["wild", rest]), async |request: Request| Answer::Ok(address(&request))),
+            event(wild(&["wildEvent", one]), noted),
+            message(wild(&["math", one]), async |Data(numbers): Data<Vec<f64>>| Answer::Ok(total(&numbers))),
+            message(wild(&["async", one]), async |Data(numbers): Data<Vec<f64>>| {
+                tokio::task::yield_now().await;
+                Answer::Ok(total(&numbers))
+            }),
+            message(wild(&["stream", one]), async |Data(numbers): Data<Vec<f64>>| {
+                Answer::Ok(Streaming(stream::iter([total(&numbers)])))
+            }),
+            message(wild(&["streaming", one]), async |Data(items): Data<Vec<Value>>| {
+                Answer::Ok(Streaming(stream::iter(items)))
+            }),
+            message(wild(&["broadcast", one]), broadcast),
+            message(wild(&["wildcard", one, one]), async |request: Request| Answer::Ok(address(&request))),
+        ];
+        groups.extend(of_broker.map(|group| group.transport(id)));
+    }
+    groups
+}
+
+/// Those that only one broker can have.
+fn broker_handlers() -> Vec<HandlerGroup> {
+    let whoami = async |shared: State<Shared>| Answer::Ok(shared.name.clone());
+    let mqtt = [
+        message("$share/lab/shared/+", whoami),
+        event("$share/lab/sharedEvent/+", noted),
+        event("qosEvent", async |shared: State<Shared>, request: Request| {
+            lock(&shared.subjects).push(delivery(&request)["qos"].to_string());
+            Answer::Ok(())
+        })
+        .extra("qos", 1),
+        // NestJS's own MQTT suite.
+        event("wildcard-event/#", noted),
+        message("wildcard-message/#", async |request: Request| Answer::Ok(address(&request))),
+        message("wildcard-message2/+/test", async |request: Request| Answer::Ok(address(&request))),
+        event("$share/test-group/shared-wildcard-event/+", noted),
+        message("$share/test-group/shared-wildcard-message/+", async |request: Request| {
+            Answer::Ok(address(&request))
+        }),
+    ];
+    let queued = message("queued", whoami).extra("queue", "lab").transport(TransportId::NATS);
+    mqtt.map(|group| group.transport(TransportId::MQTT)).into_iter().chain([queued]).collect()
 }
 
 async fn concurrent(
@@ -269,39 +348,93 @@ fn infinite(shared: Arc<Shared>) -> impl Stream<Item = u64> {
     })
 }
 
-/// The pattern as it came: on NATS the concrete subject.
+/// The pattern as it came: with brokers the concrete subject, channel, topic or routing key.
 fn address(request: &Request) -> String {
     #[cfg(feature = "nats")]
     if let Some(context) = request.context::<NatsContext>() {
         return context.subject().to_owned();
     }
+    #[cfg(feature = "redis")]
+    if let Some(context) = request.context::<RedisContext>() {
+        return context.channel().to_owned();
+    }
+    #[cfg(feature = "rabbitmq")]
+    if let Some(context) = request.context::<RmqContext>() {
+        return context.pattern();
+    }
+    #[cfg(feature = "mqtt")]
+    if let Some(context) = request.context::<MqttContext>() {
+        return context.topic().to_owned();
+    }
     request.pattern().as_str().unwrap_or(request.pattern().text()).to_owned()
 }
 
-/// The headers as `{name: [values]}`; null without any.
+/// The headers, on MQTT 5 the user properties, as `{name: [values]}`; null without any.
 fn headers(request: &Request) -> Value {
-    #[cfg(feature = "nats")]
-    if let Some(context) = request.context::<NatsContext>() {
-        let mut members = serde_json::Map::new();
-        for (name, value) in context.headers().iter() {
-            let values = members.entry(name).or_insert_with(|| Value::Array(Vec::new()));
-            if let Value::Array(values) = values {
-                values.push(Value::from(value));
+    let mut members = serde_json::Map::new();
+    let mut add = |name: &str, value: Value| {
+        let values = members.entry(name).or_insert_with(|| Value::Array(Vec::new()));
+        if let Value::Array(values) = values {
+            match value {
+                Value::Array(several) => values.extend(several),
+                value => values.push(value),
             }
         }
-        return if members.is_empty() { Value::Null } else { Value::Object(members) };
+    };
+    #[cfg(feature = "nats")]
+    if let Some(context) = request.context::<NatsContext>() {
+        context.headers().iter().for_each(|(name, value)| add(name, Value::from(value)));
+    }
+    #[cfg(feature = "rabbitmq")]
+    if let Some(context) = request.context::<RmqContext>() {
+        context.properties().headers.into_iter().for_each(|(name, value)| add(&name, value));
+    }
+    #[cfg(feature = "mqtt")]
+    if let Some(context) = request.context::<MqttContext>() {
+        let properties = context.properties();
+        properties.user_properties.iter().for_each(|(name, value)| add(name, Value::from(value)));
     }
     // Only brokers have headers.
+    let _ = (request, &mut add);
+    if members.is_empty() { Value::Null } else { Value::Object(members) }
+}
+
+/// What else the broker told of the message; null where it tells nothing.
+fn delivery(request: &Request) -> Value {
+    #[cfg(feature = "rabbitmq")]
+    if let Some(context) = request.context::<RmqContext>() {
+        let properties = context.properties();
+        return json!({
+            "exchange": context.exchange(), "routingKey": context.routing_key(),
+            "redelivered": context.redelivered(), "deliveryMode": properties.delivery_mode,
+            "priority": properties.priority, "expiration": properties.expiration,
+            "contentType": properties.content_type, "contentEncoding": properties.content_encoding,
+            "messageId": properties.message_id, "timestamp": properties.timestamp, "type": properties.kind,
+            "appId": properties.app_id, "userId": properties.user_id,
+        });
+    }
+    #[cfg(feature = "mqtt")]
+    if let Some(context) = request.context::<MqttContext>() {
+        return json!({
+            "qos": context.qos().as_u8(), "retain": context.retain(), "dup": context.dup(),
+            "properties": { "contentType": context.properties().content_type },
+        });
+    }
     let _ = request;
     Value::Null
 }
 
-/// A client's address of a server: credentials and TLS are the same.
-fn own_address(address: Transport, server: &Transport) -> Transport {
-    let same = ["user", "pass", "token", "tls"];
-    same.into_iter().fold(address, |address, option| match server.options().get(option) {
-        Some(value) => address.with(option, value.clone()),
-        None => address,
+/// How a client reaches this server: a broker as the server does, TCP at the port that it really has.
+fn own_address(address: Transport, server: Transport) -> Transport {
+    let client = server.for_clients();
+    ["host", "port"].into_iter().fold(client, |client, name| {
+        if client.kind() != TransportKind::Tcp {
+            return client;
+        }
+        match address.options().get(name) {
+            Some(value) => client.with(name, value.clone()),
+            None => client,
+        }
     })
 }
 
@@ -331,12 +464,19 @@ fn arguments() -> Result<Arguments, String> {
 
 async fn serve(Arguments { name, transports }: Arguments) -> Result<(), (u8, String)> {
     let own: Arc<Mutex<HashMap<u16, Transport>>> = Arc::default();
+    let option = |transport: &Transport, name: &str| transport.options().get(name).map(Value::to_string);
+    let acknowledges = transports.iter().any(|transport| {
+        transport.kind() == TransportKind::Rmq
+            && option(transport, "noAck")
+                .is_some_and(|no_ack| no_ack.contains("false") || no_ack.contains('0'))
+            && !transport.options().contains_key("onFailure")
+    });
     let mut service = Microservice::new()
         .name("interop")
-        .state(Shared { name, own: Arc::clone(&own), ..Shared::default() })
+        .state(Shared { name, own: Arc::clone(&own), acknowledges, ..Shared::default() })
         .interceptor(Arc::new(Counting))
         .on(|happened| eprintln!("{happened}"));
-    for group in handlers().into_iter().chain(nats_handlers()) {
+    for group in handlers().into_iter().chain(wildcard_handlers()).chain(broker_handlers()) {
         service = service.handlers(group);
     }
     for transport in &transports {
@@ -349,7 +489,7 @@ async fn serve(Arguments { name, transports }: Arguments) -> Result<(), (u8, Str
         let url = server.url();
         // A port 0 has become a real one. The service calls itself without the options of servers.
         if let Ok(address) = Transport::from_url(&url) {
-            lock(&own).entry(server.info().id.0).or_insert_with(|| own_address(address, &transport));
+            lock(&own).entry(server.info().id.0).or_insert_with(|| own_address(address, transport));
         }
         println!("ready {url}");
     }

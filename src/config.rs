@@ -6,7 +6,9 @@
 //! (`{"transport":"TCP","options":{"port":3000}}`), and in the environment
 //! (`MARTLET_ORDERS_OPTIONS__MAX_BUFFER_SIZE=1000`).
 
+mod kind;
 mod loose;
+mod place;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -17,69 +19,11 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
+pub use self::kind::TransportKind;
+use self::kind::Transports;
+pub(crate) use self::kind::scheme_list;
 use self::loose::{Fault, Loose, LooseError};
 use crate::url::{self, TransportUrl};
-
-/// The protocol of a [`Transport`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum TransportKind {
-    /// NestJS's `Transport.TCP`, 0.
-    Tcp,
-    /// NestJS's `Transport.NATS`, 2.
-    Nats,
-}
-
-/// NestJS's transports, by number; those that Martlet has, with what they are here.
-const NEST_TRANSPORTS: [(&str, Option<TransportKind>); 7] = [
-    ("TCP", Some(TransportKind::Tcp)),
-    ("REDIS", None),
-    ("NATS", Some(TransportKind::Nats)),
-    ("MQTT", None),
-    ("GRPC", None),
-    ("RMQ", None),
-    ("KAFKA", None),
-];
-
-impl TransportKind {
-    /// The name, which is also the scheme of its URLs and the Cargo feature that brings it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Tcp => "tcp",
-            Self::Nats => "nats",
-        }
-    }
-
-    /// Whether this build has it.
-    pub fn is_enabled(self) -> bool {
-        match self {
-            Self::Tcp => cfg!(feature = "tcp"),
-            Self::Nats => cfg!(feature = "nats"),
-        }
-    }
-
-    fn enabled(self) -> Result<Self, ConfigError> {
-        if self.is_enabled() { Ok(self) } else { Err(ConfigError::FeatureOff { transport: self.name() }) }
-    }
-
-    fn from_value(value: &Value) -> Result<Self, ConfigError> {
-        let unknown = || ConfigError::UnknownTransport {
-            transport: value.as_str().map_or_else(|| value.to_string(), str::to_owned),
-        };
-        let (name, kind) = match value {
-            Value::String(name) => NEST_TRANSPORTS
-                .iter()
-                .find(|(known, _)| known.eq_ignore_ascii_case(name))
-                .ok_or_else(unknown)?,
-            Value::Number(number) => number
-                .as_u64()
-                .and_then(|number| NEST_TRANSPORTS.get(usize::try_from(number).ok()?))
-                .ok_or_else(unknown)?,
-            _ => return Err(unknown()),
-        };
-        kind.ok_or_else(|| ConfigError::UnknownTransport { transport: (*name).to_owned() })
-    }
-}
 
 /// Why a description of a transport cannot be used.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -126,16 +70,18 @@ pub enum ConfigError {
         reason: String,
     },
     /// There is no such transport here.
-    #[error("unknown transport {transport}: known are tcp (or 0) and nats (or 2)")]
+    #[error("unknown transport {transport}: known are {Transports}")]
     UnknownTransport {
         /// What was given.
         transport: String,
     },
     /// This build does not have the transport.
-    #[error("transport {transport} is not in this build: enable the cargo feature `{transport}` of martlet")]
+    #[error("transport {transport} is not in this build: enable the cargo feature `{feature}` of martlet")]
     FeatureOff {
-        /// The transport, which is also the feature's name.
+        /// The transport.
         transport: &'static str,
+        /// The feature.
+        feature: &'static str,
     },
     /// Data is not what a configuration looks like.
     #[error("bad configuration: {reason}")]
@@ -215,6 +161,9 @@ fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a s
 /// | `tcps://example.com?ca=ca.pem` | TCP with TLS; `ca`, `key`, `cert`, … are those of `tlsOptions` |
 /// | `nats://user:pass@a:4222,b:4222?queue=workers` | NATS with two brokers; a user without password is a token |
 /// | `tls://a:4222?caFile=ca.pem` | NATS with TLS; `caFile`, `certFile`, … are those of `tls` |
+/// | `redis://user:pass@a:6379/2?wildcards=true` | Redis, database 2; `rediss://` with TLS |
+/// | `amqp://user:pass@a:5672/vhost?queue=orders` | RabbitMQ; several hosts are tried in order; `amqps://` with TLS |
+/// | `mqtt://user:pass@a:1883?protocolVersion=5` | MQTT; `mqtts://` with TLS, `ws://` and `wss://` with a path |
 ///
 /// # Examples
 ///
@@ -280,63 +229,27 @@ impl Transport {
     pub fn from_url(url: &str) -> Result<Self, ConfigError> {
         let bad = |reason: String| ConfigError::Url { url: without_secrets(url), reason };
         let parts = TransportUrl::parse(url.trim()).map_err(bad)?;
-        let (kind, tls) = match parts.scheme.as_str() {
-            "tcp" => (TransportKind::Tcp, None),
-            "tcps" => (TransportKind::Tcp, Some("tlsOptions")),
-            "nats" => (TransportKind::Nats, None),
-            "tls" => (TransportKind::Nats, Some("tls")),
-            other => return Err(bad(unknown_scheme(other))),
-        };
+        let (kind, tls) = TransportKind::of_scheme(&parts.scheme).map_err(bad)?;
         let kind = kind.enabled()?;
+        let place = place::options(kind, &parts).map_err(bad)?;
         let mut options = parts.options;
-        for given in ["host", "port", "servers"] {
-            if options.contains_key(given) && !parts.hosts.iter().all(String::is_empty) {
-                return Err(bad(format!("{given} is given twice: before and after the ?")));
-            }
+        let twice = |name: &str| bad(format!("{name} is given twice: before and after the ?"));
+        if !parts.hosts.iter().all(String::is_empty)
+            && let Some(given) = place::names(kind).iter().find(|name| options.contains_key(**name))
+        {
+            return Err(twice(given));
         }
-        if let Some(group) = tls {
-            const SHORT: [&str; 10] = [
-                "ca",
-                "key",
-                "cert",
-                "servername",
-                "requestCert",
-                "rejectUnauthorized",
-                "caFile",
-                "certFile",
-                "keyFile",
-                "handshakeFirst",
-            ];
-            let short: Vec<_> = SHORT.iter().filter_map(|name| options.remove_entry(*name)).collect();
+        if tls {
+            let (group, short) = kind.entry().tls;
+            let short: Vec<_> = short.iter().filter_map(|name| options.remove_entry(*name)).collect();
             options.entry(group).or_insert_with(|| Value::Object(Map::new()));
             for (name, value) in short {
                 url::insert(&mut options, &[group, &name], value, false).map_err(bad)?;
             }
         }
-        match kind {
-            TransportKind::Tcp => {
-                if parts.user.is_some() {
-                    return Err(bad("tcp has no users".to_owned()));
-                }
-                let [place] = parts.hosts.as_slice() else {
-                    return Err(bad("tcp has one host".to_owned()));
-                };
-                let (host, port) = url::host_and_port(place).map_err(bad)?;
-                options.extend(host.map(|host| ("host".to_owned(), Value::String(host))));
-                options.extend(port.map(|port| ("port".to_owned(), Value::from(port))));
-            }
-            TransportKind::Nats => {
-                let mut servers = Vec::new();
-                for place in parts.hosts.iter().filter(|place| !place.is_empty()) {
-                    url::host_and_port(place).map_err(bad)?;
-                    servers.push(Value::String(format!("{}://{place}", parts.scheme)));
-                }
-                if !servers.is_empty() {
-                    options.insert("servers".to_owned(), Value::Array(servers));
-                }
-                let names = if parts.password.is_some() { ("user", "pass") } else { ("token", "pass") };
-                options.extend(parts.user.map(|user| (names.0.to_owned(), Value::String(user))));
-                options.extend(parts.password.map(|pass| (names.1.to_owned(), Value::String(pass))));
+        for (name, value) in place {
+            if options.insert(name.clone(), value).is_some() {
+                return Err(twice(&name));
             }
         }
         Ok(Self { kind, options })
@@ -471,6 +384,25 @@ impl Transport {
         self
     }
 
+    /// The same transport without the options that only servers have: a client's, from the description of a
+    /// server.
+    #[must_use]
+    pub fn for_clients(self) -> Self {
+        self.without_those_of(Side::Server)
+    }
+
+    /// The same transport without the options that only clients have.
+    #[must_use]
+    pub fn for_servers(self) -> Self {
+        self.without_those_of(Side::Client)
+    }
+
+    fn without_those_of(mut self, side: Side) -> Self {
+        let (theirs, ours) = (option_keys(self.kind, side), option_keys(self.kind, side.other()));
+        self.options.retain(|name, _| ours.contains(&name.as_str()) || !theirs.contains(&name.as_str()));
+        self
+    }
+
     /// A server of it, for [`Microservice::server`](crate::Microservice::server).
     ///
     /// # Errors
@@ -480,10 +412,16 @@ impl Transport {
         match self.kind {
             #[cfg(feature = "tcp")]
             TransportKind::Tcp => Ok(self.tcp_server_options()?.into()),
+            #[cfg(feature = "redis")]
+            TransportKind::Redis => Ok(self.redis_server_options()?.into()),
             #[cfg(feature = "nats")]
             TransportKind::Nats => Ok(martlet_nats::NatsServer::new(self.nats_server_options()?)),
+            #[cfg(feature = "mqtt")]
+            TransportKind::Mqtt => Ok(self.mqtt_server_options()?.into()),
+            #[cfg(feature = "rabbitmq")]
+            TransportKind::Rmq => Ok(self.rmq_server_options()?.into()),
             #[allow(unreachable_patterns)]
-            other => Err(ConfigError::FeatureOff { transport: other.name() }),
+            other => Err(other.feature_off()),
         }
     }
 
@@ -496,10 +434,16 @@ impl Transport {
         match self.kind {
             #[cfg(feature = "tcp")]
             TransportKind::Tcp => Ok(self.tcp_client_options()?.into()),
+            #[cfg(feature = "redis")]
+            TransportKind::Redis => Ok(self.redis_client_options()?.into()),
             #[cfg(feature = "nats")]
             TransportKind::Nats => Ok(martlet_nats::NatsClient::new(self.nats_client_options()?)),
+            #[cfg(feature = "mqtt")]
+            TransportKind::Mqtt => Ok(self.mqtt_client_options()?.into()),
+            #[cfg(feature = "rabbitmq")]
+            TransportKind::Rmq => Ok(self.rmq_client_options()?.into()),
             #[allow(unreachable_patterns)]
-            other => Err(ConfigError::FeatureOff { transport: other.name() }),
+            other => Err(other.feature_off()),
         }
     }
 
@@ -543,6 +487,66 @@ impl Transport {
         self.read(TransportKind::Nats, Side::Client)
     }
 
+    /// The options of a Redis server, to be changed from code.
+    ///
+    /// # Errors
+    ///
+    /// The option that is unknown or cannot be used, or that it is no Redis transport.
+    #[cfg(feature = "redis")]
+    pub fn redis_server_options(&self) -> Result<martlet_redis::RedisServerOptions, ConfigError> {
+        self.read(TransportKind::Redis, Side::Server)
+    }
+
+    /// The options of a Redis client, to be changed from code.
+    ///
+    /// # Errors
+    ///
+    /// The option that is unknown or cannot be used, or that it is no Redis transport.
+    #[cfg(feature = "redis")]
+    pub fn redis_client_options(&self) -> Result<martlet_redis::RedisClientOptions, ConfigError> {
+        self.read(TransportKind::Redis, Side::Client)
+    }
+
+    /// The options of an MQTT server, to be changed from code.
+    ///
+    /// # Errors
+    ///
+    /// The option that is unknown or cannot be used, or that it is no MQTT transport.
+    #[cfg(feature = "mqtt")]
+    pub fn mqtt_server_options(&self) -> Result<martlet_mqtt::MqttServerOptions, ConfigError> {
+        self.read(TransportKind::Mqtt, Side::Server)
+    }
+
+    /// The options of an MQTT client, to be changed from code.
+    ///
+    /// # Errors
+    ///
+    /// The option that is unknown or cannot be used, or that it is no MQTT transport.
+    #[cfg(feature = "mqtt")]
+    pub fn mqtt_client_options(&self) -> Result<martlet_mqtt::MqttClientOptions, ConfigError> {
+        self.read(TransportKind::Mqtt, Side::Client)
+    }
+
+    /// The options of a RabbitMQ server, to be changed from code.
+    ///
+    /// # Errors
+    ///
+    /// The option that is unknown or cannot be used, or that it is no RabbitMQ transport.
+    #[cfg(feature = "rabbitmq")]
+    pub fn rmq_server_options(&self) -> Result<martlet_rabbitmq::RmqServerOptions, ConfigError> {
+        self.read(TransportKind::Rmq, Side::Server)
+    }
+
+    /// The options of a RabbitMQ client, to be changed from code.
+    ///
+    /// # Errors
+    ///
+    /// The option that is unknown or cannot be used, or that it is no RabbitMQ transport.
+    #[cfg(feature = "rabbitmq")]
+    pub fn rmq_client_options(&self) -> Result<martlet_rabbitmq::RmqClientOptions, ConfigError> {
+        self.read(TransportKind::Rmq, Side::Client)
+    }
+
     fn read<T: DeserializeOwned>(&self, kind: TransportKind, side: Side) -> Result<T, ConfigError> {
         if kind != self.kind {
             let reason = format!("{self} is no {} transport", kind.name());
@@ -573,19 +577,25 @@ fn option_keys(kind: TransportKind, side: Side) -> &'static [&'static str] {
         (TransportKind::Tcp, Side::Server) => martlet_tcp::TcpServerOptions::OPTION_KEYS,
         #[cfg(feature = "tcp")]
         (TransportKind::Tcp, Side::Client) => martlet_tcp::TcpClientOptions::OPTION_KEYS,
+        #[cfg(feature = "redis")]
+        (TransportKind::Redis, Side::Server) => martlet_redis::RedisServerOptions::OPTION_KEYS,
+        #[cfg(feature = "redis")]
+        (TransportKind::Redis, Side::Client) => martlet_redis::RedisClientOptions::OPTION_KEYS,
         #[cfg(feature = "nats")]
         (TransportKind::Nats, Side::Server) => martlet_nats::NatsServerOptions::OPTION_KEYS,
         #[cfg(feature = "nats")]
         (TransportKind::Nats, Side::Client) => martlet_nats::NatsClientOptions::OPTION_KEYS,
+        #[cfg(feature = "mqtt")]
+        (TransportKind::Mqtt, Side::Server) => martlet_mqtt::MqttServerOptions::OPTION_KEYS,
+        #[cfg(feature = "mqtt")]
+        (TransportKind::Mqtt, Side::Client) => martlet_mqtt::MqttClientOptions::OPTION_KEYS,
+        #[cfg(feature = "rabbitmq")]
+        (TransportKind::Rmq, Side::Server) => martlet_rabbitmq::RmqServerOptions::OPTION_KEYS,
+        #[cfg(feature = "rabbitmq")]
+        (TransportKind::Rmq, Side::Client) => martlet_rabbitmq::RmqClientOptions::OPTION_KEYS,
         #[allow(unreachable_patterns)]
         _ => &[],
     }
-}
-
-fn unknown_scheme(scheme: &str) -> String {
-    const SCHEMES: [&str; 4] = ["tcp", "tcps", "nats", "tls"];
-    let nearest = nearest(scheme, SCHEMES.into_iter()).map(|nearest| format!(": did you mean {nearest}?"));
-    format!("unknown scheme {scheme}{} (schemes are: {})", nearest.unwrap_or_default(), SCHEMES.join(", "))
 }
 
 /// Lays options over others, group by group.
@@ -623,7 +633,7 @@ fn without_secrets(url: &str) -> String {
 }
 
 fn secret(pair: &str) -> bool {
-    ["pass=", "token=", "nkey=", "credentials=", "key="].iter().any(|name| pair.contains(name))
+    ["pass=", "password=", "token=", "nkey=", "credentials=", "key="].iter().any(|name| pair.contains(name))
 }
 
 pub(crate) fn json(text: &str) -> Result<Value, ConfigError> {
@@ -638,34 +648,7 @@ pub(crate) fn file(path: &Path) -> Result<String, ConfigError> {
 impl fmt::Display for Transport {
     /// The URL without options and secrets.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = |name: &str| self.options.get(name).and_then(Value::as_str);
-        match self.kind {
-            TransportKind::Tcp => {
-                let scheme = if self.options.contains_key("tlsOptions") { "tcps" } else { "tcp" };
-                let host = text("host").unwrap_or("localhost");
-                let host = if host.contains(':') { format!("[{host}]") } else { url::encode(host) };
-                match self.options.get("port") {
-                    Some(Value::String(port)) => write!(f, "{scheme}://{host}:{port}"),
-                    Some(port) => write!(f, "{scheme}://{host}:{port}"),
-                    None => write!(f, "{scheme}://{host}:3000"),
-                }
-            }
-            TransportKind::Nats => {
-                let servers: Vec<_> = match self.options.get("servers") {
-                    Some(Value::Array(servers)) => servers.iter().filter_map(Value::as_str).collect(),
-                    Some(Value::String(servers)) => servers.split(',').collect(),
-                    _ => vec!["nats://localhost:4222"],
-                };
-                let scheme = servers.first().and_then(|server| server.split_once("://"));
-                write!(f, "{}://", scheme.map_or("nats", |(scheme, _)| scheme))?;
-                for (position, server) in servers.into_iter().enumerate() {
-                    let host = server.split_once("://").map_or(server, |(_, host)| host);
-                    let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
-                    write!(f, "{}{host}", if position > 0 { "," } else { "" })?;
-                }
-                Ok(())
-            }
-        }
+        place::show(self.kind, &self.options, f)
     }
 }
 

@@ -32,6 +32,24 @@ pub mod nats {
     pub use martlet_nats::*;
 }
 
+/// NestJS's Redis transporter.
+#[cfg(feature = "redis")]
+pub mod redis {
+    pub use martlet_redis::*;
+}
+
+/// NestJS's RabbitMQ transporter, RMQ.
+#[cfg(feature = "rabbitmq")]
+pub mod rabbitmq {
+    pub use martlet_rabbitmq::*;
+}
+
+/// NestJS's MQTT transporter.
+#[cfg(feature = "mqtt")]
+pub mod mqtt {
+    pub use martlet_mqtt::*;
+}
+
 /// A [`Pattern`] from a JSON object, or from anything that is `Into<Pattern>`.
 ///
 /// It cannot fail: an object is always a pattern, and what is none (an array, `true`, `null`) does not compile.

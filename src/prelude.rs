@@ -20,3 +20,12 @@ pub use martlet_tcp::{TcpClient, TcpContext, TcpServer};
 
 #[cfg(feature = "nats")]
 pub use martlet_nats::{NatsClient, NatsContext, NatsServer};
+
+#[cfg(feature = "redis")]
+pub use martlet_redis::{RedisClient, RedisContext, RedisServer};
+
+#[cfg(feature = "rabbitmq")]
+pub use martlet_rabbitmq::{RmqClient, RmqContext, RmqServer};
+
+#[cfg(feature = "mqtt")]
+pub use martlet_mqtt::{MqttClient, MqttContext, MqttServer};

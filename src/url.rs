@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The URLs of transports: `scheme://[user[:password]@]host[:port][,host[:port]…][?option=value&…]`.
+//! The URLs of transports: `scheme://[user[:password]@]host[:port][,host[:port]…][/path][?option=value&…]`.
 //!
 //! Not a general URL: NATS's lists of brokers are none either. `%20` is decoded, `+` stays a plus sign.
 
 use serde_json::{Map, Value};
+
+use crate::config::scheme_list;
 
 /// A URL in its parts.
 #[derive(Debug, PartialEq)]
@@ -11,8 +13,12 @@ pub(crate) struct TransportUrl {
     pub(crate) scheme: String,
     pub(crate) user: Option<String>,
     pub(crate) password: Option<String>,
+    /// User and password as written.
+    pub(crate) login: Option<String>,
     /// Every `host[:port]`, as written; at least one, which may be empty.
     pub(crate) hosts: Vec<String>,
+    /// What is behind the first `/`, as written; never empty.
+    pub(crate) path: Option<String>,
     pub(crate) options: Map<String, Value>,
 }
 
@@ -24,23 +30,23 @@ impl TransportUrl {
     /// What is wrong with it.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let (scheme, rest) =
-            text.split_once("://").ok_or("it does not begin with tcp://, tcps://, nats:// or tls://")?;
+            text.split_once("://").ok_or_else(|| format!("it does not begin with {}", scheme_list()))?;
         let (place, query) = match rest.split_once('?') {
             Some((place, query)) => (place, query),
             None => (rest, ""),
         };
-        let place = place.strip_suffix('/').unwrap_or(place);
-        if place.contains('/') {
-            return Err("it has a path, which transports do not have".to_owned());
-        }
         if place.contains('#') || query.contains('#') {
             return Err("it has a # (write %23 if it belongs to a value)".to_owned());
         }
-        let (user, hosts) = match place.rsplit_once('@') {
-            Some((user, hosts)) => (Some(user), hosts),
+        let (place, path) = place.split_once('/').unwrap_or((place, ""));
+        if path.contains('@') {
+            return Err("it has an @ behind a / (write %2F or %40 if it belongs to a name)".to_owned());
+        }
+        let (login, hosts) = match place.rsplit_once('@') {
+            Some((login, hosts)) => (Some(login), hosts),
             None => (None, place),
         };
-        let (user, password) = match user.map(|user| user.split_once(':').unwrap_or((user, ""))) {
+        let (user, password) = match login.map(|user| user.split_once(':').unwrap_or((user, ""))) {
             Some((user, "")) => (Some(decode(user)?), None),
             Some((user, password)) => (Some(decode(user)?), Some(decode(password)?)),
             None => (None, None),
@@ -56,7 +62,15 @@ impl TransportUrl {
             let path: Vec<&str> = name.split('.').collect();
             insert(&mut options, &path, Value::String(value), true)?;
         }
-        Ok(Self { scheme: scheme.to_ascii_lowercase(), user, password, hosts, options })
+        Ok(Self {
+            scheme: scheme.to_ascii_lowercase(),
+            user,
+            password,
+            login: login.map(str::to_owned),
+            hosts,
+            path: (!path.is_empty()).then(|| path.to_owned()),
+            options,
+        })
     }
 }
 
@@ -144,22 +158,21 @@ fn decode(text: &str) -> Result<String, String> {
 
 /// Percent-encodes what would end or split a value.
 pub(crate) fn encode(text: &str) -> String {
+    encode_except(text, b"-_.~/:*>,")
+}
+
+/// Percent-encodes what would end or split a part of a path.
+pub(crate) fn encode_all(text: &str) -> String {
+    encode_except(text, b"-_.~")
+}
+
+fn encode_except(text: &str, kept: &[u8]) -> String {
     let mut out = String::new();
     for byte in text.bytes() {
-        match byte {
-            b'A'..=b'Z'
-            | b'a'..=b'z'
-            | b'0'..=b'9'
-            | b'-'
-            | b'_'
-            | b'.'
-            | b'~'
-            | b'/'
-            | b':'
-            | b'*'
-            | b'>'
-            | b',' => out.push(char::from(byte)),
-            _ => out.push_str(&format!("%{byte:02X}")),
+        if byte.is_ascii_alphanumeric() || kept.contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
         }
     }
     out
@@ -176,7 +189,11 @@ mod tests {
         let url = TransportUrl::parse("NATS://us%40er:pa:ss@a:1,[::1]:2?x=1&g.k=v+w%20&x=2&flag").unwrap();
         assert_eq!(url.scheme, "nats");
         assert_eq!((url.user.as_deref(), url.password.as_deref()), (Some("us@er"), Some("pa:ss")));
+        assert_eq!((url.login.as_deref(), url.path), (Some("us%40er:pa:ss"), None));
         assert_eq!(url.hosts, ["a:1", "[::1]:2"]);
+        let path = |text| TransportUrl::parse(text).unwrap().path;
+        assert_eq!(path("amqp://a/"), None);
+        assert_eq!(path("amqp://a/%2Fv/w?queue=a/b").as_deref(), Some("%2Fv/w"));
         assert_eq!(Value::Object(url.options), json!({"x":["1","2"],"g":{"k":"v+w "},"flag":""}));
     }
 
@@ -199,7 +216,7 @@ mod tests {
             "",
             "tcp",
             "tcp:/a",
-            "tcp://a/b",
+            "tcp://a/b@c",
             "tcp://a?x=%4",
             "tcp://a?x=%GG",
             "tcp://a#b",

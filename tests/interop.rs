@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The interop lab: unmodified NestJS 10, 11 and 12 against Martlet, both ways, over TCP and NATS.
+//! The interop lab: unmodified NestJS 10, 11 and 12 against Martlet, both ways, over TCP, NATS, Redis, RabbitMQ and
+//! MQTT.
 //!
 //! ```text
-//! tests/interop/setup.sh                                           # once: nats-server, npm packages
-//! cargo test --features nats --test interop                        # all, and docs/compatibility.md is compared
-//! cargo test --features nats --test interop -- tcp::nest12         # those whose name contains the text
-//! UPDATE_COMPATIBILITY=1 cargo test --features nats --test interop # writes docs/compatibility.md
-//! INTEROP_SABOTAGE=1 cargo test --features nats --test interop sum # NestJS adds wrongly: this must fail
+//! tests/interop/setup.sh                                           # once: brokers, npm packages
+//! cargo test --all-features --test interop                        # all, and docs/compatibility.md is compared
+//! cargo test --all-features --test interop -- tcp::nest12         # those whose name contains the text
+//! UPDATE_COMPATIBILITY=1 cargo test --all-features --test interop # writes docs/compatibility.md
+//! INTEROP_SABOTAGE=1 cargo test --all-features --test interop sum # NestJS adds wrongly: this must fail
 //! ```
 //!
 //! The peers of one version, transport and direction are started once and shared by its tests, which run
@@ -16,76 +17,73 @@
 use std::fmt;
 use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 use futures::future::LocalBoxFuture;
 
+#[path = "interop/brokers.rs"]
+mod brokers;
+#[path = "interop/example.rs"]
+mod example;
 #[path = "interop/failures.rs"]
 mod failures;
+#[path = "interop/garbage.rs"]
+mod garbage;
 #[path = "interop/matrix.rs"]
 mod matrix;
+#[path = "interop/mqtt.rs"]
+mod mqtt;
 #[path = "interop/pair.rs"]
 mod pair;
 #[path = "interop/peer.rs"]
 mod peer;
+#[path = "interop/rabbitmq.rs"]
+mod rabbitmq;
+#[path = "interop/records.rs"]
+mod records;
 #[path = "interop/service.rs"]
 mod service;
+#[path = "interop/to_example.rs"]
+mod to_example;
 #[path = "interop/to_martlet.rs"]
 mod to_martlet;
 #[path = "interop/to_nest.rs"]
 mod to_nest;
 #[path = "interop/vectors.rs"]
 mod vectors;
+#[path = "interop/wire.rs"]
+mod wire;
 
+use brokers::Brokers;
+use martlet::TransportId;
 use pair::Pair;
+use wire::Transport;
 
 const VERSIONS: [u32; 3] = [10, 11, 12];
 /// How long one test may take.
 const LIMIT: Duration = Duration::from_secs(60);
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Transport {
-    Tcp,
-    Nats,
-}
-
-impl Transport {
-    const ALL: [Self; 2] = [Self::Tcp, Self::Nats];
-
-    fn title(self) -> &'static str {
-        match self {
-            Self::Tcp => "TCP",
-            Self::Nats => "NATS",
-        }
-    }
-}
-
-impl fmt::Display for Transport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Tcp => "tcp",
-            Self::Nats => "nats",
-        })
-    }
-}
-
 /// Who answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Direction {
     ToMartlet,
+    /// `examples/interop_service.rs`, in a process of its own.
+    ToExample,
     ToNest,
 }
 
 impl Direction {
-    const ALL: [Self; 2] = [Self::ToMartlet, Self::ToNest];
+    const ALL: [Self; 3] = [Self::ToMartlet, Self::ToExample, Self::ToNest];
 }
 
 impl fmt::Display for Direction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::ToMartlet => "to_martlet",
+            Self::ToExample => "to_example",
             Self::ToNest => "to_nest",
         })
     }
@@ -107,6 +105,27 @@ fn on_nats(_: u32, transport: Transport) -> bool {
     transport == Transport::Nats
 }
 
+fn with_broker(_: u32, transport: Transport) -> bool {
+    transport.wire().broker.is_some()
+}
+
+fn with_headers(_: u32, transport: Transport) -> bool {
+    transport.wire().headers
+}
+
+fn with_wildcards(_: u32, transport: Transport) -> bool {
+    transport.wire().wildcards.is_some()
+}
+
+/// Handlers `only…`, for one transport each.
+const TRANSPORT_FILTERS: [(&str, TransportId); 5] = [
+    ("Tcp", TransportId::TCP),
+    ("Nats", TransportId::NATS),
+    ("Redis", TransportId::REDIS),
+    ("Rmq", TransportId::RMQ),
+    ("Mqtt", TransportId::MQTT),
+];
+
 /// Something that must work in one direction, with every version and transport that has it.
 struct Behaviour {
     /// Its row in the matrix.
@@ -117,10 +136,10 @@ struct Behaviour {
     body: Body,
 }
 
-/// `"title" [where it applies] function,` …
+/// `LIST: "title" [where it applies] function,` …
 macro_rules! behaviours {
-    ($($title:literal [$applies:path] $function:ident,)*) => {
-        pub(crate) const ALL: &[crate::Behaviour] = &[$(crate::Behaviour {
+    ($list:ident: $($title:literal [$applies:path] $function:ident,)*) => {
+        pub(crate) const $list: &[crate::Behaviour] = &[$(crate::Behaviour {
             title: $title,
             function: stringify!($function),
             applies: $applies,
@@ -149,14 +168,29 @@ impl Test {
 
 fn all_tests() -> Vec<Test> {
     let mut tests = Vec::new();
-    for transport in Transport::ALL {
-        for version in VERSIONS {
+    for transport in Transport::all() {
+        for version in VERSIONS.into_iter().filter(|version| *version >= transport.wire().since) {
             for direction in Direction::ALL {
-                let lists = match direction {
-                    Direction::ToMartlet => [to_martlet::ALL, failures::TO_MARTLET],
-                    Direction::ToNest => [to_nest::ALL, failures::TO_NEST],
+                let lists: &[&[Behaviour]] = match direction {
+                    Direction::ToMartlet => &[
+                        to_martlet::ALL,
+                        records::TO_MARTLET,
+                        rabbitmq::TO_MARTLET,
+                        mqtt::TO_MARTLET,
+                        garbage::TO_MARTLET,
+                        failures::TO_MARTLET,
+                    ],
+                    Direction::ToExample => &[to_example::ALL],
+                    Direction::ToNest => &[
+                        to_nest::ALL,
+                        records::TO_NEST,
+                        rabbitmq::TO_NEST,
+                        mqtt::TO_NEST,
+                        garbage::TO_NEST,
+                        failures::TO_NEST,
+                    ],
                 };
-                for it in lists.into_iter().flatten().filter(|it| (it.applies)(version, transport)) {
+                for it in lists.iter().copied().flatten().filter(|it| (it.applies)(version, transport)) {
                     tests.push(Test {
                         transport,
                         version,
@@ -177,10 +211,10 @@ static PANIC: Mutex<Option<String>> = Mutex::new(None);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if let [serve, url] = &arguments[..]
+    if let [serve, arguments @ ..] = &arguments[..]
         && serve == service::SERVE
     {
-        return service::serve(url);
+        return service::serve(arguments);
     }
     let exact = arguments.iter().any(|argument| argument == "--exact");
     let filters: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with("--")).collect();
@@ -211,6 +245,9 @@ fn main() -> ExitCode {
         run.failed.push(("setup".to_owned(), missing));
         return run.close(0);
     }
+    if selected.iter().any(|test| test.direction == Direction::ToExample) {
+        example::build();
+    }
     actix_rt::System::new().block_on(async {
         for (name, body) in golden {
             run.one(name.to_owned(), body()).await;
@@ -238,9 +275,10 @@ async fn run_pairs(run: &mut Run, tests: &[Test]) {
     let same = |one: &Test, other: &Test| {
         (one.transport, one.version, one.direction) == (other.transport, other.version, other.direction)
     };
+    let brokers = Rc::new(Brokers::default());
     for tests in tests.chunk_by(same) {
         let (transport, version, direction) = (tests[0].transport, tests[0].version, tests[0].direction);
-        let started = guarded(Pair::start(version, transport, direction)).await;
+        let started = guarded(Pair::start(&brokers, version, transport, direction)).await;
         let pair = match started {
             Ok(pair) => pair,
             Err(reason) => {

@@ -34,7 +34,7 @@ Exit codes: 0 every call replied as expected, 1 calls failed or replies were wro
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct BenchArgs {
-    /// The service: tcp://HOST:PORT, tcps://…, nats://HOST:PORT, tls://….
+    /// The service: tcp://HOST:PORT, nats://HOST, redis://HOST, amqp://HOST?queue=NAME, mqtt://HOST ….
     url: String,
     /// Connections to open.
     #[arg(long, short = 'c', default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
@@ -122,7 +122,7 @@ fn same(one: &Value, other: &Value) -> bool {
 
 impl Plan {
     fn of(args: &BenchArgs) -> Result<Self, Failure> {
-        let transport = Transport::from_url(&args.url)?;
+        let transport = Transport::from_url(&args.url)?.for_clients();
         let sum = Pattern::parse(r#"{"cmd":"sum"}"#);
         let pattern = args.pattern.as_deref().map(input::pattern).transpose()?.unwrap_or_else(|| sum.clone());
         let expected = args.expect.as_deref().map(|text| input::data(Some(text), false)).transpose()?;

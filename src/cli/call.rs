@@ -10,7 +10,7 @@ use martlet::{ClientProxy, Metadata, Pattern, Payload, Transport};
 use serde_json::value::RawValue;
 
 use super::output::Output;
-use super::{Failure, Target, has_headers, input, plain_client};
+use super::{Failure, Target, input, no_header, plain_client};
 
 const SEND_EXAMPLES: &str = "\
 Examples:
@@ -19,6 +19,7 @@ Examples:
   martlet send tcp://localhost:3000 import @orders.json      data from a file
   jq .order big.json | martlet send tcp://localhost:3000 import -
   martlet send nats://localhost:4222 time.us.east --header tenant=acme --timeout 2s
+  martlet send 'amqp://localhost?queue=orders' '{\"cmd\":\"sum\"}' '[1,2,3]'
   martlet send tcp://localhost:3000 ticks --stream           every reply, as it comes
 
 Exit codes: 0 replied, 1 the handler answered an error, 2 usage, 3 no handler, 4 timeout, 5 not sent,
@@ -28,6 +29,7 @@ const EMIT_EXAMPLES: &str = "\
 Examples:
   martlet emit tcp://localhost:3000 user.created '{\"id\":7}'
   martlet emit nats://localhost:4222 user.created @user.json --header tenant=acme
+  martlet emit mqtt://localhost sensors/7/on --header :qos=1
 
 Exit codes: 0 handed to the connection (nobody confirms an event), 2 usage, 5 not sent, 7 other.";
 
@@ -45,7 +47,8 @@ struct Message {
     /// Packet metadata, which NestJS 12 handlers read with ctx.getMetadata(). Repeatable.
     #[arg(long, short = 'm', value_name = "NAME=VALUE", value_parser = input::pair)]
     metadata: Vec<(String, String)>,
-    /// A header, where the transport has them (NATS). Repeatable.
+    /// A header (NATS, RabbitMQ) or user property (MQTT 5). `amqp.priority` and the like are RabbitMQ's
+    /// properties, `:qos` and `:retain` MQTT's publish options. Repeatable.
     #[arg(long, short = 'H', value_name = "NAME=VALUE", value_parser = input::pair)]
     header: Vec<(String, String)>,
 }
@@ -85,12 +88,11 @@ struct Prepared {
 
 impl Message {
     fn prepare(&self) -> Result<Prepared, Failure> {
-        let transport = Transport::from_url(&self.target.url)?;
+        let transport = Transport::from_url(&self.target.url)?.for_clients();
         let client = plain_client(&transport)?;
         let pattern = input::pattern(&self.target.pattern)?;
-        if !self.header.is_empty() && !has_headers(&transport) {
-            let name = transport.kind().name();
-            return Err(Failure::usage(format!("{name} has no headers: --metadata travels in the packet")));
+        if let Some(why) = self.header.iter().find_map(|(name, _)| no_header(&transport, name)) {
+            return Err(Failure::usage(why));
         }
         let data = raw(&input::data(self.data.as_deref(), self.text)?)?;
         let mut record = Record::new(data);

@@ -23,10 +23,13 @@ Examples:
   martlet listen tcp://0.0.0.0:3000 echo --echo
   martlet listen nats://localhost:4222 'orders.>'              watch; requests are not answered
   martlet listen nats://localhost:4222?queue=workers jobs --reply @done.json --count 1
+  martlet listen 'redis://localhost?wildcards=true' 'orders.*'
+  martlet listen 'mqtt://localhost?protocolVersion=5' 'sensors/+/on'
   martlet listen tcp://0.0.0.0:3000 user.created --events | jq .data
 
 Into a pipe, each message is one line of JSON: kind, pattern, data, and metadata, headers, from where there
-are any. A TCP service sees what is sent to its own address only; NATS brings what is published.
+are any. A TCP service sees what is sent to its own address only; NATS, Redis and MQTT bring what is
+published. On RabbitMQ, what is listened to is taken out of its queue: a service there does not get it.
 
 Exit codes: 0 ended by --count or by SIGINT or SIGTERM, 2 usage, 5 could not start, 7 other.";
 
@@ -34,9 +37,10 @@ Exit codes: 0 ended by --count or by SIGINT or SIGTERM, 2 usage, 5 could not sta
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct ListenArgs {
-    /// Where to serve: tcp://HOST:PORT (port 0 takes a free one), nats://HOST:PORT.
+    /// Where to serve: tcp://HOST:PORT (port 0 takes a free one), nats://HOST, redis://HOST,
+    /// amqp://HOST?queue=NAME, mqtt://HOST ….
     url: String,
-    /// The patterns: texts, or JSON such as '{"cmd":"sum"}'; on NATS with wildcards.
+    /// The patterns: texts, or JSON such as '{"cmd":"sum"}'; with the wildcards that the broker has.
     #[arg(required = true)]
     pattern: Vec<String>,
     /// Answer every request with this: JSON, or `@FILE`. Without an answer, callers wait.
@@ -72,7 +76,7 @@ struct Listening {
 }
 
 pub(super) async fn listen(args: ListenArgs, out: Output) -> Result<(), Failure> {
-    let transport = Transport::from_url(&args.url)?;
+    let transport = Transport::from_url(&args.url)?.for_servers();
     let answer = match (&args.reply, &args.fail) {
         (Some(reply), _) => Answer::Value(input::data(Some(reply), false)?),
         (_, Some(fail)) => {
@@ -222,24 +226,23 @@ impl Arrived {
         #[cfg(feature = "nats")]
         if let Some(context) = request.context::<martlet::nats::NatsContext>() {
             self.pattern = quoted(context.subject());
-            let mut names: Vec<&str> = Vec::new();
-            for (name, _) in context.headers().iter() {
-                if !names.contains(&name) {
-                    names.push(name);
-                }
-            }
-            let members: Vec<String> = names
-                .iter()
-                .map(|name| {
-                    let values: Vec<_> = context.headers().get_all(name).map(quoted).collect();
-                    let value =
-                        if values.len() == 1 { values.concat() } else { format!("[{}]", values.join(",")) };
-                    format!("{}:{value}", quoted(name))
-                })
-                .collect();
-            if !members.is_empty() {
-                self.headers = Some(format!("{{{}}}", members.join(",")));
-            }
+            self.headers = lines(context.headers());
+        }
+        #[cfg(feature = "redis")]
+        if let Some(context) = request.context::<martlet::redis::RedisContext>() {
+            self.pattern = quoted(context.channel());
+        }
+        #[cfg(feature = "rabbitmq")]
+        if let Some(context) = request.context::<martlet::rabbitmq::RmqContext>() {
+            let pattern = context.pattern();
+            self.pattern = if pattern.starts_with('{') { pattern } else { quoted(&pattern) };
+            let headers = context.properties().headers;
+            self.headers = (!headers.is_empty()).then(|| serde_json::Value::Object(headers).to_string());
+        }
+        #[cfg(feature = "mqtt")]
+        if let Some(context) = request.context::<martlet::mqtt::MqttContext>() {
+            self.pattern = quoted(context.topic());
+            self.headers = lines(&context.properties().user_properties);
         }
         let _ = request;
     }
@@ -258,6 +261,26 @@ impl Arrived {
         text.push('}');
         text
     }
+}
+
+/// Headers as an object; those that are repeated have a list.
+#[cfg(any(feature = "nats", feature = "mqtt"))]
+fn lines(headers: &martlet::Headers) -> Option<String> {
+    let mut names: Vec<&str> = Vec::new();
+    for (name, _) in headers.iter() {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    let members: Vec<String> = names
+        .iter()
+        .map(|name| {
+            let values: Vec<_> = headers.get_all(name).map(quoted).collect();
+            let value = if values.len() == 1 { values.concat() } else { format!("[{}]", values.join(",")) };
+            format!("{}:{value}", quoted(name))
+        })
+        .collect();
+    (!members.is_empty()).then(|| format!("{{{}}}", members.join(",")))
 }
 
 /// A text as JSON.

@@ -38,7 +38,10 @@ const EXIT_CODES: &str = "\
 URLs:
   tcp://localhost:3000                        NestJS's TCP transport
   tcps://example.com:3000?ca=ca.pem           the same with TLS
-  nats://user:pass@a:4222,b:4222              NATS, one or more brokers
+  nats://user:pass@a:4222,b:4222              NATS, one or more brokers; tls:// with TLS
+  redis://user:pass@localhost:6379/0          Redis, a database; rediss:// with TLS
+  amqp://user:pass@a:5672/vhost?queue=orders  RabbitMQ, one or more brokers; amqps:// with TLS
+  mqtt://localhost:1883?protocolVersion=5     MQTT; mqtts:// with TLS, ws:// and wss:// with a path
   …?maxBufferSize=1000&tlsOptions.key=k.pem   options, by the names NestJS gives them
 
 Exit codes:
@@ -74,7 +77,8 @@ enum Command {
 /// Where to and what for.
 #[derive(Args)]
 struct Target {
-    /// The service: tcp://HOST:PORT, tcps://…, nats://HOST:PORT, tls://… (`martlet --help` has more).
+    /// The service: tcp://HOST:PORT, nats://HOST, redis://HOST, amqp://HOST?queue=NAME, mqtt://HOST … (`martlet
+    /// --help` has more).
     url: String,
     /// The pattern: a text, or JSON such as '{"cmd":"sum"}'.
     pattern: String,
@@ -166,13 +170,44 @@ fn plain_client(transport: &Transport) -> Result<ClientProxy, ConfigError> {
             options.client.propagate = false;
             Ok(martlet::nats::NatsClient::new(options))
         }
+        #[cfg(feature = "redis")]
+        TransportKind::Redis => {
+            let mut options = transport.redis_client_options()?;
+            options.client.propagate = false;
+            Ok(options.into())
+        }
+        #[cfg(feature = "rabbitmq")]
+        TransportKind::Rmq => {
+            let mut options = transport.rmq_client_options()?;
+            options.client.propagate = false;
+            Ok(options.into())
+        }
+        #[cfg(feature = "mqtt")]
+        TransportKind::Mqtt => {
+            let mut options = transport.mqtt_client_options()?;
+            options.client.propagate = false;
+            Ok(options.into())
+        }
         _ => transport.clone().into_client(),
     }
 }
 
-/// Whether messages of this transport have headers.
-fn has_headers(transport: &Transport) -> bool {
-    transport.kind() == TransportKind::Nats
+/// Why messages of this transport cannot have such a header, if they cannot.
+fn no_header(transport: &Transport, name: &str) -> Option<String> {
+    match transport.kind() {
+        TransportKind::Nats | TransportKind::Rmq => None,
+        TransportKind::Mqtt => {
+            let version = transport.options().get("protocolVersion");
+            let is_5 = version.is_some_and(|version| version == "5" || version == 5);
+            // `:qos` and the like are publish options, which every version has.
+            (!is_5 && !name.starts_with(':')).then(|| {
+                "mqtt 3.1.1 has no user properties: add protocolVersion=5 to the url, or use --metadata, which travels \
+                 in the packet"
+                    .to_owned()
+            })
+        }
+        other => Some(format!("{} has no headers: --metadata travels in the packet", other.name())),
+    }
 }
 
 pub(crate) fn main() -> ExitCode {

@@ -7,7 +7,10 @@
 use std::fmt;
 
 use serde::de::value::StringDeserializer;
-use serde::de::{self, DeserializeSeed, Deserializer, IntoDeserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::{
+    self, DeserializeSeed, Deserializer, EnumAccess, IntoDeserializer, MapAccess, SeqAccess, VariantAccess,
+    Visitor,
+};
 use serde_json::{Map, Value};
 
 /// What is wrong with which option.
@@ -197,6 +200,8 @@ impl<'de> Deserializer<'de> for Loose {
     ) -> Result<V::Value, LooseError> {
         match self.0 {
             Value::String(text) => visitor.visit_enum(text.into_deserializer()),
+            // `onFailure.retry.attempts=3`: a name with options of its own.
+            Value::Object(members) if members.len() == 1 => visitor.visit_enum(Variant(members)),
             other => Err(LooseError::invalid(format!("{other} is not a name"))),
         }
     }
@@ -259,5 +264,50 @@ impl<'de> MapAccess<'de> for Members {
             return Err(LooseError::invalid("a value without its name"));
         };
         seed.deserialize(Loose(value)).map_err(|error| error.within(&key))
+    }
+}
+
+/// A name with a value.
+struct Variant(Map<String, Value>);
+
+impl<'de> EnumAccess<'de> for Variant {
+    type Error = LooseError;
+    type Variant = Content;
+
+    fn variant_seed<T: DeserializeSeed<'de>>(self, seed: T) -> Result<(T::Value, Content), LooseError> {
+        let Some((name, value)) = self.0.into_iter().next() else {
+            return Err(LooseError::invalid("an empty group is not a name"));
+        };
+        let key: StringDeserializer<LooseError> = name.clone().into_deserializer();
+        Ok((seed.deserialize(key)?, Content { name, value }))
+    }
+}
+
+struct Content {
+    name: String,
+    value: Value,
+}
+
+impl<'de> VariantAccess<'de> for Content {
+    type Error = LooseError;
+
+    fn unit_variant(self) -> Result<(), LooseError> {
+        Err(LooseError::invalid(format!("{} has no options of its own", self.name)))
+    }
+
+    fn newtype_variant_seed<T: DeserializeSeed<'de>>(self, seed: T) -> Result<T::Value, LooseError> {
+        seed.deserialize(Loose(self.value)).map_err(|error| error.within(&self.name))
+    }
+
+    fn tuple_variant<V: Visitor<'de>>(self, _len: usize, visitor: V) -> Result<V::Value, LooseError> {
+        Loose(self.value).deserialize_seq(visitor).map_err(|error| error.within(&self.name))
+    }
+
+    fn struct_variant<V: Visitor<'de>>(
+        self,
+        _fields: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, LooseError> {
+        Loose(self.value).deserialize_map(visitor).map_err(|error| error.within(&self.name))
     }
 }

@@ -3,7 +3,9 @@
 // Starts peers and brokers for the self-check and makes sure that none of them survives it.
 
 import { spawn } from 'node:child_process';
-import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { once } from 'node:events';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { connect, createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
@@ -86,40 +88,125 @@ export class Peer {
   }
 }
 
-/** A nats-server on a free port, which can be stopped and started again on the same port. */
+/** How each broker is started: its program, arguments and environment for a port and an empty folder of its own. */
+const BROKERS = {
+  nats: { scheme: 'nats', program: 'nats-server', args: (port) => ['-a', '127.0.0.1', '-p', port] },
+  redis: {
+    scheme: 'redis',
+    program: 'redis-server',
+    args: (port, folder) => ['--bind', '127.0.0.1', '--port', port, '--dir', folder, '--save', '', '--appendonly', 'no'],
+  },
+  mqtt: {
+    scheme: 'mqtt',
+    program: 'mosquitto',
+    // Without nodelay each call takes 45 ms: Nagle's algorithm waits for delayed acknowledgements.
+    files: (port) => ({
+      'mosquitto.conf': `listener ${port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\npersistence false\nlog_dest none\n`,
+    }),
+    args: (_, folder) => ['-c', join(folder, 'mosquitto.conf')],
+  },
+  rmq: {
+    scheme: 'amqp',
+    // The program of this name on the PATH is a wrapper that wants to be root and changes the user.
+    program: '/usr/lib/rabbitmq/bin/rabbitmq-server',
+    files: () => ({ plugins: '[].' }),
+    args: () => [],
+    /** Erlang starts an epmd that outlives it, unless there is one already. */
+    before: async () => {
+      const [epmd, distribution] = [await freePort(), await freePort()];
+      const child = spawn('epmd', ['-port', epmd], { stdio: 'ignore' });
+      return { child, ready: epmd, env: { ERL_EPMD_PORT: epmd, RABBITMQ_DIST_PORT: distribution } };
+    },
+    env: (port, folder) => ({
+      HOME: folder,
+      RABBITMQ_NODENAME: `interop-${port}@localhost`,
+      RABBITMQ_NODE_IP_ADDRESS: '127.0.0.1',
+      RABBITMQ_NODE_PORT: port,
+      RABBITMQ_MNESIA_BASE: join(folder, 'data'),
+      RABBITMQ_LOG_BASE: join(folder, 'log'),
+      RABBITMQ_ENABLED_PLUGINS_FILE: join(folder, 'plugins'),
+      // The process started is then the one that serves: it can be killed.
+      RUNNING_UNDER_SYSTEMD: '1',
+    }),
+  },
+};
+
+/** A broker on a free port, which can be stopped and started again on the same port. */
 export class Broker {
-  static async start(port = -1) {
+  children = [];
+
+  static async start(kind, port) {
     const broker = new Broker();
-    const directory = mkdtempSync(join(tmpdir(), 'interop-nats-'));
+    const { scheme, program, args, files = () => ({}), env = () => ({}), before } = BROKERS[kind];
+    const folder = mkdtempSync(join(tmpdir(), `interop-${kind}-`));
+    broker.folder = folder;
+    broker.port = port ?? Number(await freePort());
+    broker.url = `${scheme}://127.0.0.1:${broker.port}`;
+    const text = String(broker.port);
     try {
-      const args = ['-a', '127.0.0.1', '-p', String(port), '--ports_file_dir', directory];
+      for (const [name, content] of Object.entries(files(text, folder))) writeFileSync(join(folder, name), content);
+      const environment = { ...env(text, folder) };
+      if (before !== undefined) {
+        const first = await before();
+        broker.#watch('epmd', first.child);
+        Object.assign(environment, first.env);
+        await broker.#accepts('epmd', first.ready);
+      }
       // Debian installs it where not every user's PATH looks.
-      const env = { ...process.env, PATH: `${process.env.PATH}:/usr/sbin` };
-      broker.child = spawn('nats-server', args, { stdio: 'ignore', env });
-      running.add(broker.child);
-      let failure;
-      broker.child.on('error', (error) => (failure = `nats-server: ${error.message}; run tests/interop/setup.sh`));
-      broker.exited = new Promise((resolve) => broker.child.on('close', resolve));
-      void broker.exited.then((code) => {
-        running.delete(broker.child);
-        failure ??= `nats-server ended with ${code}`;
-      });
-      broker.url = await eventually('nats-server to say its port', () => {
-        if (failure !== undefined) throw new Error(failure);
-        const file = readdirSync(directory).find((name) => name.endsWith('.ports'));
-        return file && JSON.parse(readFileSync(join(directory, file), 'utf8')).nats[0];
-      });
-      broker.port = Number(new URL(broker.url).port);
+      const path = { PATH: `${process.env.PATH}:/usr/sbin` };
+      const child = spawn(program, args(text, folder), { stdio: 'ignore', cwd: folder, env: { ...process.env, ...path, ...environment } });
+      broker.#watch(program, child);
+      await broker.#accepts(program, text);
       return broker;
-    } finally {
-      rmSync(directory, { recursive: true, force: true });
+    } catch (error) {
+      await broker.stop();
+      throw error;
     }
   }
 
-  async stop() {
-    this.child.kill('SIGKILL');
-    await this.exited;
+  #watch(program, child) {
+    running.add(child);
+    child.on('error', (error) => (this.failure = `${program}: ${error.message}; run tests/interop/setup.sh`));
+    const gone = new Promise((resolve) => {
+      const over = (code) => (running.delete(child), (this.failure ??= `${program} ended with ${code}`), resolve());
+      child.on('close', over);
+      child.on('error', over);
+    });
+    this.children.push({ child, gone });
   }
+
+  /** Waits until something accepts connections on the port. RabbitMQ takes its time. */
+  #accepts(program, port) {
+    return eventually(
+      `${program} on port ${port}`,
+      () => {
+        if (this.failure !== undefined) throw new Error(this.failure);
+        return new Promise((resolve) => {
+          const socket = connect(Number(port), '127.0.0.1', () => (socket.destroy(), resolve(true)));
+          socket.on('error', () => resolve(false));
+        });
+      },
+      60_000,
+    );
+  }
+
+  async stop() {
+    for (const { child, gone } of this.children.reverse()) {
+      child.kill('SIGKILL');
+      await gone;
+    }
+    this.children = [];
+    rmSync(this.folder, { recursive: true, force: true, maxRetries: 5 });
+  }
+}
+
+/** A port that is free now, as text. */
+async function freePort() {
+  const server = createServer().listen(0, '127.0.0.1');
+  await once(server, 'listening');
+  const { port } = server.address();
+  await new Promise((done) => server.close(done));
+  return String(port);
 }
 
 /** Polls until `probe` gives something truthy; errors thrown by it are final. */

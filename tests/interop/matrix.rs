@@ -4,10 +4,11 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use crate::{Direction, Test, Transport, VERSIONS};
+use crate::wire::Transport;
+use crate::{Direction, Test, VERSIONS};
 
 const HEAD: &str = "\
-<!-- Written by `UPDATE_COMPATIBILITY=1 cargo test --features nats --test interop`. Do not edit: a run of the test fails when this
+<!-- Written by `UPDATE_COMPATIBILITY=1 cargo test --all-features --test interop`. Do not edit: a run of the test fails when this
 file differs from what ran. -->
 
 # Compatibility with NestJS
@@ -16,7 +17,7 @@ Each cell names the test that proved it, against unmodified NestJS from npm (the
 `tests/interop/README.md`). A cell is here because that test ran and passed when this file was written. `-` means that this
 NestJS version or transport has no such thing.
 
-Run all of them with `tests/interop/setup.sh && cargo test --features nats --test interop`, one of them with its name
+Run all of them with `tests/interop/setup.sh && cargo test --all-features --test interop`, one of them with its name
 appended after `--`.
 ";
 
@@ -27,7 +28,7 @@ pub(crate) fn path() -> PathBuf {
 /// The file for these tests, all of which passed.
 pub(crate) fn render(passed: &[Test]) -> String {
     let mut page = HEAD.to_owned();
-    for transport in Transport::ALL {
+    for transport in Transport::all() {
         for direction in Direction::ALL {
             let section: Vec<&Test> = passed
                 .iter()
@@ -38,9 +39,10 @@ pub(crate) fn render(passed: &[Test]) -> String {
             }
             let title = match direction {
                 Direction::ToMartlet => "a NestJS client calls a Martlet service",
+                Direction::ToExample => "a NestJS client calls `examples/interop_service.rs`",
                 Direction::ToNest => "a Martlet client calls a NestJS service",
             };
-            writeln!(page, "\n## {}: {title}\n", transport.title()).unwrap();
+            writeln!(page, "\n## {}: {title}\n", transport.wire().title).unwrap();
             writeln!(page, "| behaviour | NestJS 10 | NestJS 11 | NestJS 12 |\n|---|---|---|---|").unwrap();
             let mut rows: Vec<&str> = Vec::new();
             for test in &section {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The processes of the lab: NestJS peers and NATS brokers. Each is killed when its handle is dropped.
+//! The NestJS processes of the lab. Each is killed when its handle is dropped.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -14,8 +14,10 @@ use serde_json::{Map, Value, json};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use crate::brokers::Kind;
+
 /// What installs everything the lab needs.
-const SET_UP: &str = "run tests/interop/setup.sh";
+pub(crate) const SET_UP: &str = "run tests/interop/setup.sh";
 const START: Duration = Duration::from_secs(30);
 const ANSWER: Duration = Duration::from_secs(30);
 
@@ -32,7 +34,7 @@ pub(crate) fn missing() -> Option<String> {
         }
     }
     let path = search_path();
-    for tool in ["node", "nats-server"] {
+    for tool in ["node"].into_iter().chain(Kind::ALL.map(Kind::program)) {
         if !std::env::split_paths(&path).any(|folder| folder.join(tool).is_file()) {
             return Some(format!("{tool} is not installed: {SET_UP}"));
         }
@@ -40,7 +42,7 @@ pub(crate) fn missing() -> Option<String> {
     None
 }
 
-/// Debian installs nats-server where not every user's PATH looks.
+/// Debian installs brokers where not every user's PATH looks.
 fn search_path() -> String {
     format!("{}:/usr/sbin:/usr/local/sbin", std::env::var("PATH").unwrap_or_default())
 }
@@ -165,6 +167,20 @@ impl Peer {
         async move { Sent(answer.await) }
     }
 
+    /// Keeps the address of the replies to a pattern subscribed, for calls that begin together: see "The reply
+    /// address" in README.md.
+    pub(crate) async fn hold(&self, pattern: Value) {
+        let held = self.call("hold", json!({ "pattern": pattern })).await;
+        assert_eq!(held["error"], Value::Null, "{held}");
+    }
+
+    /// Publishes bytes as they are, with the driver of NestJS.
+    pub(crate) async fn raw(&self, command: Value) -> Value {
+        let published = self.call("raw", command).await;
+        assert_eq!(published["error"], Value::Null, "{published}");
+        published
+    }
+
     pub(crate) async fn emit(&self, pattern: Value, data: Value) -> Sent {
         self.emit_with(pattern, data, json!({})).await
     }
@@ -264,6 +280,12 @@ impl Sent {
         assert_eq!(seen, (&items, &json!(true), &error), "{}", self.shown());
     }
 
+    /// Neither item nor end, within the time that was given.
+    #[track_caller]
+    pub(crate) fn timed_out(&self) {
+        assert_eq!((&self.0["items"], &self.0["timedOut"]), (&json!([]), &json!(true)), "{}", self.shown());
+    }
+
     /// The text of the error that ended it.
     #[track_caller]
     pub(crate) fn error_text(&self) -> String {
@@ -277,83 +299,6 @@ impl Sent {
     fn shown(&self) -> String {
         self.0.to_string().chars().take(500).collect()
     }
-}
-
-/// A nats-server on a port of its own, which can be killed and started again.
-pub(crate) struct Broker {
-    pub(crate) port: u16,
-    child: Mutex<Child>,
-}
-
-impl Broker {
-    /// Starts a broker on a free port.
-    pub(crate) async fn start() -> Self {
-        Self::start_on(0).await
-    }
-
-    pub(crate) async fn start_on(port: u16) -> Self {
-        static SERIAL: AtomicU64 = AtomicU64::new(0);
-        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-        let folder = std::env::temp_dir().join(format!("interop-nats-{}-{serial}", std::process::id()));
-        std::fs::create_dir_all(&folder).unwrap();
-        let asked = if port == 0 { "-1".to_owned() } else { port.to_string() };
-        let mut child = Command::new("nats-server")
-            .args(["-a", "127.0.0.1", "-p", &asked, "--ports_file_dir"])
-            .arg(&folder)
-            .env("PATH", search_path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap_or_else(|error| panic!("cannot start nats-server: {error}; {SET_UP}"));
-        let deadline = Instant::now() + START;
-        let port = loop {
-            if let Some(port) = port_in(&folder) {
-                break port;
-            }
-            if let Some(status) = child.try_wait().unwrap() {
-                panic!("nats-server ended with {status}");
-            }
-            assert!(Instant::now() < deadline, "nats-server did not say its port");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        };
-        // The file has been read; a folder that stays behind does no harm.
-        let _ = std::fs::remove_dir_all(&folder);
-        Self { port, child: Mutex::new(child) }
-    }
-
-    pub(crate) fn url(&self) -> String {
-        format!("nats://127.0.0.1:{}", self.port)
-    }
-
-    /// Ends it at once.
-    pub(crate) fn kill(&self) {
-        let mut child = self.child.lock().unwrap();
-        let _ = child.kill();
-        let _ = child.wait();
-    }
-
-    /// Starts it again on the same port.
-    pub(crate) async fn restart(&self) {
-        self.kill();
-        let again = Self::start_on(self.port).await;
-        std::mem::swap(&mut *self.child.lock().unwrap(), &mut *again.child.lock().unwrap());
-    }
-}
-
-impl Drop for Broker {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-fn port_in(folder: &Path) -> Option<u16> {
-    let file = std::fs::read_dir(folder)
-        .ok()?
-        .flatten()
-        .find(|file| file.path().extension().is_some_and(|it| it == "ports"))?;
-    let ports: Value = serde_json::from_slice(&std::fs::read(file.path()).ok()?).ok()?;
-    ports["nats"][0].as_str()?.rsplit(':').next()?.parse().ok()
 }
 
 /// Waits until `probe` holds, for ten seconds at most.

@@ -8,16 +8,20 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::stream::{self, StreamExt};
+use martlet::mqtt::MqttContext;
 use martlet::nats::NatsContext;
+use martlet::rabbitmq::RmqContext;
+use martlet::redis::RedisContext;
 use martlet::{
-    Client, ClientName, ClientProxy, Ctx, Data, HandlerGroup, Headers, Metadata, Microservice, Pattern,
-    Payload, Request, RpcError, RunningService, Server, ServiceEvent, State, Streaming, TransportId,
-    TryStreaming, event, message,
+    Client, ClientName, ClientProxy, Data, HandlerGroup, Metadata, Microservice, Pattern, Payload, Request,
+    RpcError, RunningService, Server, ServiceEvent, State, Streaming, TransportId, TryStreaming, event,
+    message,
 };
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::pair::Place;
+use crate::wire::{Transport, port};
 
 /// What the handlers count and remember.
 #[derive(Debug, Default)]
@@ -44,7 +48,23 @@ pub(crate) struct Service {
 
 impl Service {
     /// Starts it; `itself` is how it calls itself.
-    pub(crate) async fn start(name: &str, server: Server, itself: Option<ClientProxy>) -> Self {
+    pub(crate) async fn start(
+        name: &str,
+        transport: Transport,
+        server: Server,
+        itself: Option<ClientProxy>,
+    ) -> Self {
+        Self::with(name, transport, server, itself, Vec::new()).await
+    }
+
+    /// Starts it with further handlers.
+    pub(crate) async fn with(
+        name: &str,
+        transport: Transport,
+        server: Server,
+        itself: Option<ClientProxy>,
+        more: Vec<HandlerGroup>,
+    ) -> Self {
         let seen = Arc::new(Seen::default());
         let events = Arc::new(Mutex::new(Vec::new()));
         let sink = Arc::clone(&events);
@@ -57,7 +77,7 @@ impl Service {
         if let Some(itself) = itself {
             service = service.client(Itself::NAME, itself);
         }
-        for group in handlers() {
+        for group in handlers(transport).into_iter().chain(more) {
             service = service.handlers(group);
         }
         Self { running: service.start().await.unwrap(), seen, events }
@@ -65,7 +85,7 @@ impl Service {
 
     /// The port it listens on.
     pub(crate) fn port(&self) -> u16 {
-        self.running.url().rsplit(':').next().and_then(|port| port.parse().ok()).unwrap()
+        port(&self.running.url())
     }
 
     /// The names of what it reported since the last look.
@@ -81,19 +101,18 @@ impl Service {
 /// The argument by which this binary becomes a service of its own, so that it can be killed.
 pub(crate) const SERVE: &str = "--serve";
 
-/// Serves until stdin is closed.
-pub(crate) fn serve(url: &str) -> ExitCode {
-    let place = match url.strip_prefix("tcp://127.0.0.1:") {
-        Some(port) => Place::Tcp(port.parse().unwrap()),
-        None => Place::Nats(url.to_owned()),
-    };
+/// Serves until stdin is closed. The arguments are those of [`Process::start`].
+pub(crate) fn serve(arguments: &[String]) -> ExitCode {
+    let [transport, url, queue] = arguments else { return ExitCode::FAILURE };
+    let transport = Transport::all().find(|it| it.wire().name == transport).unwrap();
+    let place = Place { url: url.clone(), queue: queue.clone(), ..Place::new(transport, None) };
     std::thread::spawn(|| {
         // Whoever started it holds its stdin.
         let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
         std::process::exit(0);
     });
     actix_rt::System::new().block_on(async {
-        let service = Service::start("process", place.server(), None).await;
+        let service = Service::start("process", transport, place.server(), None).await;
         println!("{}", service.running.url());
         std::future::pending::<()>().await;
     });
@@ -107,9 +126,9 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    pub(crate) fn start(url: &str) -> Self {
+    pub(crate) fn start(place: &Place) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args([SERVE, url])
+            .args([SERVE, place.wire().name, &place.url, &place.queue])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -161,14 +180,14 @@ fn sum(numbers: &[i64]) -> i64 {
     numbers.iter().sum()
 }
 
-/// Every handler, once for each transporter they are on.
-fn handlers() -> Vec<HandlerGroup> {
+/// Every handler that the transport has.
+fn handlers(transport: Transport) -> Vec<HandlerGroup> {
     let mut all = sums();
     all.extend(values());
     all.extend(failures());
     all.extend(slow_ones());
     all.extend(events());
-    all.extend(nats_only());
+    all.extend(of_the_transport(transport));
     all
 }
 
@@ -221,8 +240,14 @@ fn values() -> Vec<HandlerGroup> {
             Ok::<_, RpcError>(json!({ "units": text.encode_utf16().count(), "bytes": text.len() }))
         }),
         message("unicode", |Data(text): Data<String>| async move { Ok::<_, RpcError>(format!("😀{text}é")) }),
+        message("headers", |request: Request| async move { Ok::<_, RpcError>(headers(&request)) }),
+        message("delivery", |request: Request| async move { Ok::<_, RpcError>(delivery(&request)) }),
+        message("pattern", |request: Request| async move { Ok::<_, RpcError>(address(&request)) }),
         message("onlyTcp", || async { Ok::<_, RpcError>("tcp") }).transport(TransportId::TCP),
         message("onlyNats", || async { Ok::<_, RpcError>("nats") }).transport(TransportId::NATS),
+        message("onlyRedis", || async { Ok::<_, RpcError>("redis") }).transport(TransportId::REDIS),
+        message("onlyRmq", || async { Ok::<_, RpcError>("rmq") }).transport(TransportId::RMQ),
+        message("onlyMqtt", || async { Ok::<_, RpcError>("mqtt") }).transport(TransportId::MQTT),
     ]
 }
 
@@ -319,52 +344,123 @@ fn events() -> Vec<HandlerGroup> {
     ]
 }
 
-fn nats_only() -> Vec<HandlerGroup> {
-    let subject =
-        |Ctx(context): Ctx<NatsContext>| async move { Ok::<_, RpcError>(context.subject().to_owned()) };
-    let all = vec![
-        message("time.us.*", subject),
-        message("wild.>", subject),
-        event("wildEvent.*", |Ctx(context): Ctx<NatsContext>, State(seen): Shared| async move {
-            seen.subjects.lock().unwrap().push(context.subject().to_owned());
-            Ok::<_, RpcError>(())
-        }),
-        message("headers", |Ctx(context): Ctx<NatsContext>| async move {
-            Ok::<_, RpcError>(header_map(context.headers()))
-        }),
-        message("answerHeaders", || async {
-            Ok::<_, RpcError>(martlet::Record::new("with headers").header("x-reply", "yes"))
-        }),
-        message("queued", |State(name): State<Name>| async move { Ok::<_, RpcError>(name.0.clone()) })
+/// Those with wildcards, as they are written there, and those of one transport alone.
+fn of_the_transport(transport: Transport) -> Vec<HandlerGroup> {
+    let mut all = Vec::new();
+    if let Some(wild) = &transport.wire().wildcards {
+        let at = |words: &[&str]| wild.join(words);
+        let here = |request: Request| async move { Ok::<_, RpcError>(address(&request)) };
+        all.extend([
+            message(at(&["time", "us", wild.one]), here),
+            message(at(&["wild", wild.rest]), here),
+            event(at(&["wildEvent", wild.one]), collect),
+            message(at(&["math", wild.one]), |Data(numbers): Data<Vec<i64>>| async move {
+                Ok::<_, RpcError>(sum(&numbers))
+            }),
+            message(at(&["async", wild.one]), |Data(numbers): Data<Vec<i64>>| async move {
+                tokio::task::yield_now().await;
+                Ok::<_, RpcError>(sum(&numbers))
+            }),
+            message(at(&["stream", wild.one]), |Data(numbers): Data<Vec<i64>>| async move {
+                Ok::<_, RpcError>(Streaming(stream::iter([sum(&numbers)])))
+            }),
+            message(at(&["streaming", wild.one]), |Data(items): Data<Vec<Value>>| async move {
+                Ok::<_, RpcError>(Streaming(stream::iter(items)))
+            }),
+        ]);
+    }
+    all.push(message("broadcast.test", || async {
+        Ok::<_, RpcError>(Streaming(stream::iter([1]).chain(stream::pending())))
+    }));
+    if transport == Transport::Nats {
+        all.extend([
+            message("answerHeaders", || async {
+                Ok::<_, RpcError>(martlet::Record::new("with headers").header("x-reply", "yes"))
+            }),
+            message("queued", |State(name): State<Name>| async move { Ok::<_, RpcError>(name.0.clone()) })
+                .extra("queue", "lab"),
+            event("queuedEvent", |State(seen): Shared| async move {
+                seen.queued.fetch_add(1, Ordering::SeqCst);
+                Ok::<_, RpcError>(())
+            })
             .extra("queue", "lab"),
-        event("queuedEvent", |State(seen): Shared| async move {
-            seen.queued.fetch_add(1, Ordering::SeqCst);
-            Ok::<_, RpcError>(())
-        })
-        .extra("queue", "lab"),
-        message("math.*", |Data(numbers): Data<Vec<i64>>| async move { Ok::<_, RpcError>(sum(&numbers)) }),
-        message("async.*", |Data(numbers): Data<Vec<i64>>| async move {
-            tokio::task::yield_now().await;
-            Ok::<_, RpcError>(sum(&numbers))
-        }),
-        message("stream.*", |Data(numbers): Data<Vec<i64>>| async move {
-            Ok::<_, RpcError>(Streaming(stream::iter([sum(&numbers)])))
-        }),
-        message("streaming.*", |Data(items): Data<Vec<Value>>| async move {
-            Ok::<_, RpcError>(Streaming(stream::iter(items)))
-        }),
-    ];
-    all.into_iter().map(|group| group.transport(TransportId::NATS)).collect()
+        ]);
+    }
+    if transport.is_mqtt() {
+        all.extend([
+            message("$share/lab/shared/+", |State(name): State<Name>| async move {
+                Ok::<_, RpcError>(name.0.clone())
+            }),
+            event("$share/lab/sharedEvent/+", collect),
+            event("qosEvent", |request: Request, State(seen): Shared| async move {
+                seen.subjects.lock().unwrap().push(delivery(&request)["qos"].to_string());
+                Ok::<_, RpcError>(())
+            })
+            .extra("qos", 1),
+        ]);
+    }
+    all
 }
 
-fn header_map(headers: &Headers) -> Value {
-    if headers.is_empty() {
-        return Value::Null;
+async fn collect(request: Request, State(seen): Shared) -> Result<(), RpcError> {
+    seen.subjects.lock().unwrap().push(address(&request));
+    Ok(())
+}
+
+/// Where the request was sent to, without wildcards.
+fn address(request: &Request) -> String {
+    if let Some(context) = request.context::<NatsContext>() {
+        context.subject().to_owned()
+    } else if let Some(context) = request.context::<RedisContext>() {
+        context.channel().to_owned()
+    } else if let Some(context) = request.context::<RmqContext>() {
+        context.pattern()
+    } else if let Some(context) = request.context::<MqttContext>() {
+        context.topic().to_owned()
+    } else {
+        request.pattern().as_str().unwrap_or(request.pattern().text()).to_owned()
     }
+}
+
+/// The headers as `{name: [values]}`; null without any.
+fn headers(request: &Request) -> Value {
     let mut map = Map::new();
-    for (name, value) in headers.iter() {
+    let mut add = |name: &str, value: Value| {
         let values = map.entry(name).or_insert_with(|| json!([]));
-        values.as_array_mut().unwrap().push(json!(value));
+        let values = values.as_array_mut().unwrap();
+        // An AMQP header may be a list.
+        match value {
+            Value::Array(several) => values.extend(several),
+            value => values.push(value),
+        }
+    };
+    if let Some(context) = request.context::<NatsContext>() {
+        context.headers().iter().for_each(|(name, value)| add(name, json!(value)));
+    } else if let Some(context) = request.context::<RmqContext>() {
+        context.properties().headers.into_iter().for_each(|(name, value)| add(&name, value));
+    } else if let Some(context) = request.context::<MqttContext>() {
+        context.properties().user_properties.iter().for_each(|(name, value)| add(name, json!(value)));
     }
-    Value::Object(map)
+    if map.is_empty() { Value::Null } else { Value::Object(map) }
+}
+
+/// What else the broker told of the message: as `delivery` in `peer/transports.mjs`.
+fn delivery(request: &Request) -> Value {
+    if let Some(context) = request.context::<RmqContext>() {
+        let it = context.properties();
+        return json!({
+            "exchange": context.exchange(), "routingKey": context.routing_key(),
+            "redelivered": context.redelivered(), "deliveryMode": it.delivery_mode, "priority": it.priority,
+            "expiration": it.expiration, "contentType": it.content_type,
+            "contentEncoding": it.content_encoding, "messageId": it.message_id, "timestamp": it.timestamp,
+            "type": it.kind, "appId": it.app_id, "userId": it.user_id,
+        });
+    }
+    match request.context::<MqttContext>() {
+        Some(context) => json!({
+            "qos": context.qos().as_u8(), "retain": context.retain(), "dup": context.dup(),
+            "properties": { "contentType": context.properties().content_type },
+        }),
+        None => Value::Null,
+    }
 }

@@ -1,8 +1,9 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# Installs what the interop tests need beside Rust and Node.js 20: nats-server and openssl from Debian's packages, and the
-# NestJS peers from npm. Does nothing, quickly, when all of it is there. Needs root (or sudo) only to install packages.
+# Installs what the interop tests need beside Rust and Node.js 20: the brokers (nats-server, redis-server, rabbitmq-server,
+# mosquitto) and openssl from Debian's packages, and the NestJS peers from npm. Does nothing, quickly, when all of it is
+# there. Needs root (or sudo) only to install packages.
 
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
@@ -43,22 +44,30 @@ install_packages() {
         as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"
     }
     if [ -d /run/systemd/system ]; then
-        case " $* " in *" nats-server "*) as_root systemctl disable --now nats-server ;; esac
+        for package in "$@"; do
+            case $package in
+            nats-server | redis-server | mosquitto) as_root systemctl disable --now "$package" ;;
+            # epmd comes with Erlang; a socket would start it again.
+            rabbitmq-server) as_root systemctl disable --now rabbitmq-server epmd.socket epmd.service ;;
+            esac
+        done
     fi
 }
 
-# On Debian nats-server lies in /usr/sbin, which is not on every user's PATH.
+# On Debian most brokers lie in /usr/sbin, which is not on every user's PATH.
 PATH="$PATH:/usr/sbin:/sbin"
 
+# Each is named like its package.
+tools="nats-server redis-server rabbitmq-server mosquitto openssl"
 missing=
-for tool in nats-server openssl; do
+for tool in $tools; do
     command -v "$tool" >/dev/null || missing="$missing $tool"
 done
 if [ -n "$missing" ]; then
     # shellcheck disable=SC2086 # a list of package names
     install_packages $missing
 fi
-for tool in nats-server openssl; do
+for tool in $tools; do
     command -v "$tool" >/dev/null || fail "$tool is still missing"
 done
 

@@ -17,8 +17,10 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::brokers::{Broker, Kind};
 use crate::pair::{Place, start_service};
 use crate::peer::eventually;
+use crate::wire::Transport;
 
 type Named = (&'static str, fn() -> LocalBoxFuture<'static, ()>);
 
@@ -27,17 +29,22 @@ pub(crate) fn all() -> Vec<Named> {
     vec![
         ("golden::tcp_exchanges", || Box::pin(exchanges())),
         ("golden::tcp_hand_made_input", || Box::pin(hand_made_input())),
-        ("martlet::tcp::dropped_call_cancels_the_handler", || Box::pin(dropped(Place::Tcp(0)))),
+        ("martlet::tcp::dropped_call_cancels_the_handler", || Box::pin(dropped(Transport::Tcp, None))),
         ("martlet::nats::dropped_call_cancels_the_handler", || {
-            Box::pin(async {
-                let broker = crate::peer::Broker::start().await;
-                dropped(Place::Nats(broker.url())).await;
-            })
+            Box::pin(dropped(Transport::Nats, Some(Kind::Nats)))
+        }),
+        ("martlet::redis::dropped_call_cancels_the_handler", || {
+            Box::pin(dropped(Transport::Redis, Some(Kind::Redis)))
         }),
     ]
 }
 
-async fn dropped(place: Place) {
+async fn dropped(transport: Transport, kind: Option<Kind>) {
+    let broker = match kind {
+        Some(kind) => Some(Broker::start(kind).await),
+        None => None,
+    };
+    let place = Place::new(transport, broker);
     let (place, service) = start_service("ours", &place).await;
     let client = place.client();
     // Over TCP the first exchange tells the ends that both are Martlet.

@@ -14,10 +14,10 @@ use serde_json::{Value, json};
 
 // === the service ===
 
-/// A TCP service on a thread of its own, stopped when dropped.
-struct Service {
-    url: String,
-    events: Arc<Mutex<Vec<Value>>>,
+/// A service on a thread of its own, stopped when dropped.
+pub(crate) struct Service {
+    pub(crate) url: String,
+    pub(crate) events: Arc<Mutex<Vec<Value>>>,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -55,6 +55,11 @@ fn handlers(events: Arc<Mutex<Vec<Value>>>) -> Vec<HandlerGroup> {
 
 impl Service {
     fn start() -> Self {
+        Self::on(Transport::from_url("tcp://127.0.0.1:0").unwrap())
+    }
+
+    /// A service on any transport.
+    pub(crate) fn on(transport: Transport) -> Self {
         let events = Arc::<Mutex<Vec<Value>>>::default();
         let (started, url) = mpsc::channel();
         let (stop, stopped) = tokio::sync::oneshot::channel();
@@ -65,7 +70,7 @@ impl Service {
                 for group in handlers(seen) {
                     service = service.handlers(group);
                 }
-                let service = service.server(TcpServer::bind("127.0.0.1", 0)).start().await.unwrap();
+                let service = service.server(transport.into_server().unwrap()).start().await.unwrap();
                 started.send(service.url()).unwrap();
                 // Dropping the sender stops it too.
                 let _ = stopped.await;
@@ -77,6 +82,18 @@ impl Service {
 
     fn send(&self, arguments: &[&str]) -> Run {
         run(&[&["send", &self.url], arguments].concat())
+    }
+
+    /// Waits for exactly these events.
+    #[track_caller]
+    pub(crate) fn saw(&self, events: &[Value]) {
+        for _ in 0..300 {
+            if self.events.lock().unwrap().len() >= events.len() {
+                break;
+            }
+            std::thread::park_timeout(Duration::from_millis(10));
+        }
+        assert_eq!(*self.events.lock().unwrap(), events);
     }
 }
 
@@ -91,10 +108,10 @@ impl Drop for Service {
 
 /// What a run of the tool gave.
 #[derive(Debug)]
-struct Run {
-    code: i32,
-    out: String,
-    err: String,
+pub(crate) struct Run {
+    pub(crate) code: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
 impl From<Output> for Run {
@@ -109,12 +126,12 @@ impl From<Output> for Run {
 
 impl Run {
     #[track_caller]
-    fn printed(&self, out: &str) {
+    pub(crate) fn printed(&self, out: &str) {
         assert_eq!((self.code, self.out.as_str(), self.err.as_str()), (0, out, ""), "{self:?}");
     }
 
     #[track_caller]
-    fn failed(&self, code: i32, parts: &[&str]) {
+    pub(crate) fn failed(&self, code: i32, parts: &[&str]) {
         assert_eq!(self.code, code, "{self:?}");
         for part in parts {
             assert!(self.err.contains(part), "{part:?} is not in {self:?}");
@@ -129,12 +146,12 @@ fn command(arguments: &[&str]) -> Command {
     command
 }
 
-fn run(arguments: &[&str]) -> Run {
+pub(crate) fn run(arguments: &[&str]) -> Run {
     command(arguments).output().unwrap().into()
 }
 
 /// A run that goes on; killed when dropped.
-struct Running {
+pub(crate) struct Running {
     child: Child,
     out: Option<BufReader<std::process::ChildStdout>>,
     err: BufReader<std::process::ChildStderr>,
@@ -150,7 +167,12 @@ impl Running {
 
     /// `martlet listen` on a free port, and its URL once it listens.
     fn listen(arguments: &[&str]) -> (Self, String) {
-        let mut running = Self::start(&[&["listen", "tcp://127.0.0.1:0"], arguments].concat());
+        Self::listen_on("tcp://127.0.0.1:0", arguments)
+    }
+
+    /// `martlet listen`, and its URL once it listens.
+    pub(crate) fn listen_on(url: &str, arguments: &[&str]) -> (Self, String) {
+        let mut running = Self::start(&[&["listen", url], arguments].concat());
         let mut line = String::new();
         running.err.read_line(&mut line).unwrap();
         let url = line.strip_prefix("listening on ").and_then(|rest| rest.split(' ').next());
@@ -169,12 +191,12 @@ impl Running {
         self.out = None;
     }
 
-    fn json(&mut self) -> Value {
+    pub(crate) fn json(&mut self) -> Value {
         let line = self.line();
         serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))
     }
 
-    fn end(mut self) -> Run {
+    pub(crate) fn end(mut self) -> Run {
         let code = self.child.wait().unwrap().code().unwrap_or(-1);
         let (mut out, mut err) = (String::new(), String::new());
         if let Some(rest) = &mut self.out {
@@ -195,8 +217,11 @@ impl Drop for Running {
 
 /// A port where nobody listens.
 fn nobody() -> String {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    format!("tcp://{}", listener.local_addr().unwrap())
+    format!("tcp://{}", free_address())
+}
+
+pub(crate) fn free_address() -> std::net::SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
 // === send ===
@@ -333,13 +358,7 @@ fn emit_hands_the_event_over_before_it_ends() {
         run(&["emit", &service.url, "noted", &number.to_string()]).printed("");
     }
     let all: Vec<Value> = (0..20).map(Value::from).collect();
-    for _ in 0..200 {
-        if service.events.lock().unwrap().len() == all.len() {
-            break;
-        }
-        std::thread::park_timeout(Duration::from_millis(10));
-    }
-    assert_eq!(*service.events.lock().unwrap(), all);
+    service.saw(&all);
     run(&["emit", &nobody(), "noted"]).failed(5, &["connection refused", "is the service running?"]);
 }
 

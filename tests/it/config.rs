@@ -9,9 +9,11 @@ fn text(error: ConfigError) -> String {
 
 #[test]
 fn a_transport_that_nobody_has_is_refused() {
-    for transport in ["\"redis\"", "7", "1", "\"tpc\"", "true"] {
+    for transport in ["\"kafka\"", "7", "4", "\"tpc\"", "true"] {
         let error = Transport::from_json(&format!("{{\"transport\":{transport}}}")).unwrap_err();
         assert!(matches!(error, ConfigError::UnknownTransport { .. }), "{transport}: {error}");
+        let known = "known are tcp (or 0), redis (or 1), nats (or 2), mqtt (or 3) and rmq (or 5)";
+        assert!(text(error).ends_with(known), "{transport}");
     }
     for wrong in ["[]", "{", "{\"transport\":0,\"url\":\"tcp://a\"}", "{\"options\":[]}", "{\"url\":1}"] {
         let error = Transport::from_json(wrong).unwrap_err();

@@ -3,6 +3,10 @@
 #![allow(clippy::unwrap_used)]
 
 #[cfg(all(feature = "cli", feature = "tcp"))]
+mod brokers;
+#[cfg(all(feature = "cli", feature = "tcp"))]
 mod cli;
 mod config;
+#[cfg(all(feature = "tcp", feature = "redis", feature = "mqtt"))]
+mod together;
 mod url;

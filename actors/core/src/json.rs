@@ -60,7 +60,8 @@ pub fn to_vec<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, serde_json::E
 const SCRATCH_BYTES: usize = 4096;
 
 thread_local! {
-    static SCRATCH: Cell<BytesMut> = Cell::new(BytesMut::new());
+    /// Where a value is written, and what the bytes of small ones are cut from.
+    static SCRATCH: Cell<(Vec<u8>, Option<BytesMut>)> = const { Cell::new((Vec::new(), None)) };
 }
 
 /// Serializes `value` to bytes, spelled as JavaScript would. Small values of one thread share allocations of
@@ -71,14 +72,22 @@ thread_local! {
 /// As [`to_vec`].
 pub fn to_bytes<T: Serialize + ?Sized>(value: &T) -> Result<Bytes, serde_json::Error> {
     // Taken, not borrowed: serializing runs foreign code, which may come back here.
-    let mut out = SCRATCH.take();
-    if out.capacity() < 128 {
-        out = BytesMut::with_capacity(SCRATCH_BYTES);
-    }
-    let written = write(&mut out, value);
-    let bytes = out.split().freeze();
+    let (mut out, mut pool) = SCRATCH.take();
+    let written = value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, JsFormatter));
+    let bytes = match out.len() {
+        len if len > SCRATCH_BYTES / 16 => Bytes::copy_from_slice(&out),
+        len => {
+            let room = pool.take().filter(|pool| pool.capacity() >= len);
+            let mut room = room.unwrap_or_else(|| BytesMut::with_capacity(SCRATCH_BYTES));
+            room.put_slice(&out);
+            let bytes = room.split().freeze();
+            pool = Some(room);
+            bytes
+        }
+    };
+    out.clear();
     if out.capacity() <= SCRATCH_BYTES {
-        SCRATCH.set(out);
+        SCRATCH.set((out, pool));
     }
     written.map(|()| bytes)
 }
@@ -237,6 +246,12 @@ fn check_utf8(text: &[u8]) -> Result<(), SyntaxError> {
         return Err(SyntaxError { kind: SyntaxErrorKind::Utf8, offset: error.valid_up_to() });
     }
     Ok(())
+}
+
+/// Whether `text` can stand in a JSON string as it is; some that can are refused.
+#[inline]
+pub(crate) fn is_plain(text: &[u8]) -> bool {
+    plain_end(text, 0) == text.len() && is_ascii(text)
 }
 
 /// Whether the bytes of `text` at `span` are exactly one value, without white space around it.
@@ -651,6 +666,7 @@ impl<'a> Scanner<'a> {
                         at += 1;
                     } else {
                         open.push(false);
+                        at = self.space(self.counts(at));
                         continue;
                     }
                 }
@@ -680,6 +696,20 @@ impl<'a> Scanner<'a> {
                 }
             }
         }
+    }
+
+    /// Steps over the elements of an array, from the first of which `at` is the start, for as long as they are plain
+    /// whole numbers with a comma behind; returns the start of the first that is not.
+    #[inline(always)]
+    fn counts(&self, mut at: usize) -> usize {
+        while let [b'1'..=b'9', rest @ ..] = self.text.get(at..).unwrap_or_default() {
+            let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+            if rest.get(digits) != Some(&b',') {
+                break;
+            }
+            at += digits + 2;
+        }
+        at
     }
 
     /// Steps over a string whose opening quote is just before `at`; also says whether it has escapes.
@@ -903,6 +933,33 @@ mod tests {
     }
 
     const NAMES: [&str; 4] = ["pattern", "data", "id", "metadata"];
+
+    #[test]
+    fn arrays_of_numbers_are_judged_as_serde_json_does() {
+        for text in [
+            "[1,2]",
+            "[1, 2]",
+            "[1 ,2]",
+            "[10,20,-3]",
+            "[1,02]",
+            "[1,2,]",
+            "[1,,2]",
+            "[1,2",
+            "[1,",
+            "[1",
+            "[12.5,1]",
+            "[1,2e3,4]",
+            "[0,1]",
+            "[1,[2,3],4]",
+            "[1,\n\t[2, 3 ]\r]",
+            "[1,x]",
+            "[1,\"2\"]",
+            "[[1,2],[3,4]",
+            "[1,2}}",
+        ] {
+            check_validity(text.as_bytes());
+        }
+    }
 
     #[test]
     fn what_nestjs_writes_needs_no_second_look() {

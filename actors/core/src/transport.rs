@@ -282,23 +282,29 @@ impl PacketId {
     /// Reads the text of an id of ours back into its parts; `None` if it is not one.
     #[inline]
     pub(crate) fn parts(text: &[u8]) -> Option<(u32, u32, u32)> {
-        let text: &[u8; Self::LEN] = text.try_into().ok()?;
-        let number = |start: usize, len: usize| {
-            // What stands before the digits gives way to zeros.
-            let mut digits = [b'0'; 8];
-            digits[8 - len..].copy_from_slice(&text[start..start + len]);
-            let digits = u64::from_be_bytes(digits);
-            let value = unhex(digits);
-            // Only digits come out as they went in.
-            (hex(value) == digits).then_some(value)
-        };
-        Some((number(0, 7)?, number(7, 8)?, number(15, 6)?))
+        const ZEROS: u64 = u64::MAX / 0xff * b'0' as u64;
+        if text.len() != Self::LEN {
+            return None;
+        }
+        let digits = |at: usize| text.get(at..).and_then(|rest| rest.first_chunk::<8>());
+        // What does not belong to a number gives way to zeros.
+        let first = u64::from_be_bytes(*digits(0)?) >> 8 | ZEROS << 56;
+        let second = u64::from_be_bytes(*digits(7)?);
+        let third = u64::from_be_bytes(*digits(13)?) << 16 >> 16 | ZEROS << 48;
+        let parts = (unhex(first), unhex(second), unhex(third));
+        // Only digits come out as they went in.
+        (hex(parts.0) == first && hex(parts.1) == second && hex(parts.2) == third).then_some(parts)
     }
 
     /// The id of a request, from the text that a peer or broker gave back.
     pub fn from_text(text: &[u8]) -> Option<Self> {
         Self::parts(text)?;
         Some(Self(text.try_into().ok()?))
+    }
+
+    /// The bytes of its text: hex digits.
+    pub fn as_bytes(&self) -> &[u8; Self::LEN] {
+        &self.0
     }
 
     /// Its text.

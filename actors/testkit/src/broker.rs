@@ -146,6 +146,36 @@ impl BrokerCommand {
         command
     }
 
+    /// A Redis server that keeps nothing on disk.
+    pub fn redis() -> Self {
+        Self::redis_with(&[])
+    }
+
+    /// A Redis server with further arguments (`--requirepass`, `secret`).
+    pub fn redis_with(more: &[&str]) -> Self {
+        let more: Vec<String> = more.iter().map(|argument| (*argument).to_owned()).collect();
+        Self::new("redis-server", "redis", "apt-get install redis-server", move |port| {
+            let port = port.to_string();
+            let own = ["--bind", "127.0.0.1", "--port", &port, "--save", "", "--appendonly", "no"];
+            own.into_iter().map(str::to_owned).chain(more.iter().cloned()).collect()
+        })
+    }
+
+    /// A mosquitto that anybody may use and that queues without bound.
+    pub fn mosquitto() -> Self {
+        Self::mosquitto_with("")
+    }
+
+    /// A mosquitto with further lines of `mosquitto.conf`, in which `$DIR` is a folder of its own: they come after
+    /// those of its only listener.
+    pub fn mosquitto_with(config: &str) -> Self {
+        let folder = MosquittoFolder::new();
+        let config = config.replace("$DIR", &folder.0.to_string_lossy());
+        Self::new("mosquitto", "mqtt", "apt-get install mosquitto", move |port| {
+            vec!["-c".to_owned(), folder.write(port, &config)]
+        })
+    }
+
     fn path(&self) -> Result<PathBuf, BrokerError> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let more = ["/usr/sbin", "/usr/local/sbin"].map(PathBuf::from);
@@ -200,6 +230,36 @@ impl NodeFolder {
 impl Drop for NodeFolder {
     fn drop(&mut self) {
         // Left behind at worst: a folder of a few files.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A folder that goes with its broker.
+struct MosquittoFolder(PathBuf);
+
+impl MosquittoFolder {
+    fn new() -> Self {
+        static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        Self(std::env::temp_dir().join(format!("martlet-mosquitto-{}-{number}", std::process::id())))
+    }
+
+    /// Writes the configuration; a failure shows when the broker does not start.
+    fn write(&self, port: u16, config: &str) -> String {
+        let own = format!(
+            "user root\nlistener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\npersistence false\n\
+             max_queued_messages 0\n"
+        );
+        let path = self.0.join("mosquitto.conf");
+        let _ = std::fs::create_dir_all(&self.0);
+        let _ = std::fs::write(&path, format!("{own}{config}\n"));
+        path.to_string_lossy().into_owned()
+    }
+}
+
+impl Drop for MosquittoFolder {
+    fn drop(&mut self) {
+        // Left behind at worst: a folder with a configuration file.
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }

@@ -42,7 +42,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::LocalBoxFuture;
 use martlet_core::{
-    ClientOptions, ClientProxy, EventBus, Microservice, Pattern, RpcError, RunningService, Server,
+    CallError, ClientOptions, ClientProxy, EventBus, Microservice, Pattern, RpcError, RunningService, Server,
     ServerOptions, ServiceEvent, ServiceReport,
 };
 
@@ -373,6 +373,20 @@ impl Names {
     /// The number that makes them its own.
     pub(crate) fn number(self) -> u64 {
         self.0
+    }
+}
+
+/// How long a call that may reach nobody is waited for.
+pub(crate) fn patience(features: &Features) -> Duration {
+    Duration::from_millis(if features.says_nobody { 30_000 } else { 300 })
+}
+
+/// Whether a call ended because nobody handles it, or (where nobody says so) as if.
+pub(crate) fn is_nobody<T>(features: &Features, result: &Result<T, CallError>) -> bool {
+    match result {
+        Err(CallError::NoHandler { .. }) => true,
+        Err(CallError::Timeout { .. }) => !features.says_nobody,
+        _ => false,
     }
 }
 

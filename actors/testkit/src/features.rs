@@ -12,6 +12,8 @@ pub struct Features {
     pub format: Format,
     /// The largest payload that must come through whole. Default 1 MiB.
     pub large_payload_bytes: usize,
+    /// Whether a call that nobody handles ends at once; otherwise its timeout ends it. Default true.
+    pub says_nobody: bool,
     /// Group `metadata`: packet metadata crosses, so deadline and trace do. Default true.
     pub metadata: bool,
     /// Group `cancel`: the handler learns that its caller has lost interest. Default false.
@@ -36,6 +38,7 @@ impl Default for Features {
         Self {
             format: Format::Json,
             large_payload_bytes: 1024 * 1024,
+            says_nobody: true,
             metadata: true,
             cancel: false,
             cuts: false,

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Baselines and load generators for Martlet's performance figures.
 //!
-//! The programs in `src/bin/` are either *baselines* (`loop_*`, `nats_*`: what a competent person
-//! writes by hand for one job), *load* (`tcp_load`: as cheap as possible, so that the server is the
-//! limit) or *subjects* (`subject_*`: the same job done with Martlet). The script `run` starts them
+//! The programs in `src/bin/` are either *baselines* (`loop_*`, `nats_*`, `broker_*`: what a competent
+//! person writes by hand for one job), *load* (`tcp_load`: as cheap as possible, so that the server is
+//! the limit; `broker_load`) or *subjects* (`subject_*`: the same job done with Martlet). The script `run` starts them
 //! by the contract in its `--help`, and compares them in one interleaved run.
 //!
 //! Nothing in this library or in the baselines depends on Martlet.
 
+pub mod broker;
 pub mod frame;
 pub mod load;
 pub mod options;

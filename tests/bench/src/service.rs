@@ -2,6 +2,7 @@
 //! The service every baseline runs: `{"cmd":"sum"}` over a JSON array, with NestJS's packets.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use hashbrown::HashMap;
@@ -13,6 +14,12 @@ use crate::{Result, frame};
 
 /// The pattern every row but the spread one calls.
 pub const SUM: &str = r#"{"cmd":"sum"}"#;
+
+/// The event that the rows of events send: its numbers are added up and thrown away.
+pub const NOTED: &str = "noted";
+
+/// The pattern that answers how many events of [`NOTED`] were handled.
+pub const COUNTED: &str = "counted";
 
 /// The pattern of filler route `number`; all have the same length up to a million routes.
 pub fn filler(number: u32) -> String {
@@ -45,8 +52,8 @@ pub struct Reply<'a> {
     /// Whether this reply is the last one.
     #[serde(rename = "isDisposed", default)]
     pub is_disposed: bool,
-    /// The request's id.
-    #[serde(borrow)]
+    /// The request's id; RabbitMQ has it beside the packet.
+    #[serde(borrow, default)]
     pub id: &'a str,
 }
 
@@ -58,12 +65,14 @@ pub fn parse<'a, T: Deserialize<'a>>(packet: &'a [u8]) -> Result<T> {
     Ok(serde_json::from_str(std::str::from_utf8(packet)?)?)
 }
 
-type Handler = fn(&RawValue) -> serde_json::Result<i64>;
+type Handler = fn(&Service, &RawValue) -> serde_json::Result<i64>;
 
 /// The routes, by the raw text of their pattern.
 #[derive(Debug)]
 pub struct Service {
     routes: HashMap<Box<str>, Handler>,
+    noted: AtomicU64,
+    without_ids: bool,
 }
 
 impl Service {
@@ -71,19 +80,32 @@ impl Service {
     pub fn new(routes: u32) -> Self {
         let fillers = (1..routes).map(filler);
         let patterns = std::iter::once(SUM.to_owned()).chain(fillers);
-        Self { routes: patterns.map(|pattern| (pattern.into(), sum as Handler)).collect() }
+        let routes = patterns.map(|pattern| (pattern.into(), sum as Handler)).collect();
+        Self { routes, noted: AtomicU64::new(0), without_ids: false }
+    }
+
+    /// A service for brokers: [`SUM`], the event [`NOTED`] and [`COUNTED`]. On RabbitMQ replies have no id.
+    pub fn of_broker(without_ids: bool) -> Self {
+        let mut service = Self { without_ids, ..Self::new(1) };
+        service.routes.insert(format!("{NOTED:?}").into(), note);
+        service.routes.insert(format!("{COUNTED:?}").into(), counted);
+        service
     }
 
     /// Handles one packet and appends its reply's JSON to `out`; an event appends nothing.
     pub fn answer(&self, packet: &[u8], out: &mut Vec<u8>) -> Result<()> {
         let packet: Packet<'_> = parse(packet)?;
         let handler = self.routes.get(packet.pattern.get());
-        let outcome = handler.map(|handler| handler(packet.data.unwrap_or(RawValue::NULL)));
+        let outcome = handler.map(|handler| handler(self, packet.data.unwrap_or(RawValue::NULL)));
         let Some(id) = packet.id else { return Ok(()) };
         match outcome {
             Some(Ok(sum)) => {
                 out.extend_from_slice(b"{\"response\":");
                 serde_json::to_writer(&mut *out, &sum)?;
+                if self.without_ids {
+                    out.extend_from_slice(b",\"isDisposed\":true}");
+                    return Ok(());
+                }
                 out.extend_from_slice(b",\"isDisposed\":true,\"id\":");
                 out.extend_from_slice(id.get().as_bytes());
                 out.push(b'}');
@@ -107,9 +129,20 @@ impl Service {
     }
 }
 
-fn sum(data: &RawValue) -> serde_json::Result<i64> {
+fn sum(_: &Service, data: &RawValue) -> serde_json::Result<i64> {
     let numbers: Vec<i64> = serde_json::from_str(data.get())?;
     Ok(numbers.iter().fold(0, |sum, number| sum.wrapping_add(*number)))
+}
+
+fn note(service: &Service, data: &RawValue) -> serde_json::Result<i64> {
+    std::hint::black_box(sum(service, data)?);
+    // One thread counts.
+    service.noted.store(service.noted.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    Ok(0)
+}
+
+fn counted(service: &Service, _: &RawValue) -> serde_json::Result<i64> {
+    Ok(service.noted.load(Ordering::Relaxed) as i64)
 }
 
 /// A call as it leaves [`Calls::begin`].
@@ -117,6 +150,8 @@ fn sum(data: &RawValue) -> serde_json::Result<i64> {
 pub struct Begun<'a> {
     /// Its key in the correlation map.
     pub key: usize,
+    /// Its id, which is also in the packet.
+    pub id: &'a str,
     /// Its packet as JSON.
     pub packet: &'a [u8],
 }
@@ -126,6 +161,12 @@ struct Request<'a> {
     pattern: &'a RawValue,
     data: &'a [i64],
     id: &'a str,
+}
+
+#[derive(Serialize)]
+struct Event<'a> {
+    pattern: &'a str,
+    data: &'a [i64],
 }
 
 struct Call {
@@ -172,10 +213,18 @@ impl Calls {
         frame::push_number(&mut self.id, key);
         self.id.push(b'.');
         frame::push_number(&mut self.id, self.turn);
-        let request = Request { pattern: &self.pattern, data: &data, id: std::str::from_utf8(&self.id)? };
+        let id = std::str::from_utf8(&self.id)?;
+        let request = Request { pattern: &self.pattern, data: &data, id };
         self.packet.clear();
         serde_json::to_writer(&mut self.packet, &request)?;
-        Ok(Begun { key, packet: &self.packet })
+        Ok(Begun { key, id, packet: &self.packet })
+    }
+
+    /// A packet of the event [`NOTED`].
+    pub fn event(&mut self) -> Result<Vec<u8>> {
+        self.turn += 1;
+        let data = [(self.turn % 90 + 10) as i64, 2, 3, 4, 5];
+        Ok(serde_json::to_vec(&Event { pattern: NOTED, data: &data })?)
     }
 
     /// Takes out the call that `reply` answers, and tells since when it waited.
@@ -220,6 +269,19 @@ mod tests {
             r#"{"err":{"status":"error","message":"Internal server error"},"isDisposed":true,"id":1}"#,
         );
         check(r#"{"pattern":{"cmd":"sum"},"data":[1]}"#, "");
+    }
+
+    #[test]
+    fn events_are_counted_and_ids_left_out() {
+        let service = Service::of_broker(true);
+        let mut calls = Calls::new().unwrap();
+        let mut out = Vec::new();
+        for _ in 0..3 {
+            service.answer(&calls.event().unwrap(), &mut out).unwrap();
+        }
+        assert!(out.is_empty());
+        service.answer(br#"{"pattern":"counted","id":"a"}"#, &mut out).unwrap();
+        assert_eq!(out, br#"{"response":3,"isDisposed":true}"#);
     }
 
     #[test]

@@ -117,11 +117,16 @@ impl Window {
 
     /// Counts one correct reply, and closes the window when that was the last one asked for.
     pub fn count(&self, latency: Duration) -> Result<()> {
+        self.count_many(1, latency)
+    }
+
+    /// Counts one correct reply that stands for `many` messages.
+    pub fn count_many(&self, many: u64, latency: Duration) -> Result<()> {
         if self.phase.get() != Phase::Open {
             return Ok(());
         }
         self.latency.borrow_mut().record(latency);
-        self.done.set(self.done.get() + 1);
+        self.done.set(self.done.get() + many);
         match self.length {
             Length::Count(count) if self.done.get() >= count => self.close(),
             _ => Ok(()),

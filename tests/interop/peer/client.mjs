@@ -5,12 +5,13 @@
 import { AsyncLocalStorage } from 'node:async_hooks';
 import { once } from 'node:events';
 import { visible } from './control.mjs';
-import { transportOptions } from './main.mjs';
+import { transportOptions, transports } from './transports.mjs';
 
 const DEFAULT_TIMEOUT_MS = 10_000;
 
 export async function runClient(nest, flags, control) {
-  const { ClientProxyFactory, NatsRecordBuilder, RpcException } = nest.microservices;
+  const { ClientProxyFactory, RpcException } = nest.microservices;
+  const wire = transports[flags.transport];
   nest.common.Logger.overrideLogger(control.logger());
 
   const { transport, options } = transportOptions(nest, flags);
@@ -25,17 +26,14 @@ export async function runClient(nest, flags, control) {
     if (metadata !== undefined) packet.metadata = metadata;
   });
 
-  const payload = ({ data, headers, metadata }) => {
+  const payload = ({ data, base64, headers, record, metadata }) => {
     if (metadata !== undefined && client.setOnDispatchHook === undefined) {
       throw new Error('metadata needs NestJS 12');
     }
-    if (headers === undefined) return data;
-    if (flags.transport !== 'nats') throw new Error('headers need --transport nats');
-    const native = nest.nats.headers();
-    for (const [key, values] of Object.entries(headers)) {
-      for (const value of [].concat(values)) native.append(key, value);
-    }
-    return new NatsRecordBuilder(data).setHeaders(native).build();
+    if (base64 !== undefined) data = Buffer.from(base64, 'base64');
+    if (headers === undefined && record === undefined) return data;
+    if (wire.record === undefined) throw new Error(`${flags.transport} has no headers`);
+    return wire.record(nest, data, headers, record);
   };
 
   /** Subscribes to what `make` gives and resolves, never rejects, with everything that was observed. */
@@ -83,15 +81,17 @@ export async function runClient(nest, flags, control) {
   };
 
   /** `n` sends, at most `inFlight` at a time; call `i` sends `[i, 1, 2]` and must get the one item `i + 3`. */
-  const batch = async ({ pattern = { cmd: 'sum' }, n, inFlight = n, check = 'sum', timeout }) => {
+  const batch = async ({ pattern = { cmd: 'sum' }, n, inFlight = n, check = 'sum', timeout, giveUp = Infinity }) => {
     const expected = { sum: (i) => i + 3, echo: (i) => ({ i, pad: '😀'.repeat(i % 7) }) }[check];
     if (expected === undefined) throw new Error('check must be sum or echo');
     if (!(Number.isInteger(n) && n > 0 && inFlight > 0)) throw new Error('n and inFlight must be positive');
     const started = performance.now();
+    // See "The reply address" in README.md.
+    await hold({ pattern });
     const total = { n, ok: 0, wrong: 0, failed: 0, timedOut: 0, errors: {} };
     let next = 0;
     const worker = async () => {
-      while (next < n) {
+      while (next < n && total.timedOut < giveUp) {
         const i = next++;
         const data = check === 'sum' ? [i, 1, 2] : expected(i);
         const got = await send({ pattern, data, timeout });
@@ -108,7 +108,32 @@ export async function runClient(nest, flags, control) {
     return { ...total, ms: Math.round(performance.now() - started) };
   };
 
+  /** Keeps the address of the replies to a pattern subscribed: see "The reply address" in README.md. */
+  const held = new Set();
+  const hold = async ({ pattern }) => {
+    const route = client.normalizePattern(pattern);
+    if (wire.hold !== undefined && !held.has(route)) {
+      held.add(route);
+      await wire.hold(client, route);
+    }
+    return { held: wire.hold !== undefined };
+  };
+
+  /** Publishes bytes as they are; with `listen`, gives what came back there, as text, until `wait` ms have gone by. */
+  const raw = async (command) => {
+    if (wire.raw === undefined) throw new Error(`${flags.transport} has no raw`);
+    await client.connect();
+    const replies = [];
+    if (command.listen !== undefined) await wire.listen(client, { address: command.listen }, (bytes) => replies.push(bytes.toString()));
+    const bytes = command.base64 === undefined ? Buffer.from(command.text) : Buffer.from(command.base64, 'base64');
+    await wire.raw(client, command, bytes);
+    const end = Date.now() + (command.wait ?? 0);
+    while (Date.now() < end && replies.length < (command.count ?? Infinity)) await new Promise((done) => setTimeout(done, 5));
+    return { replies };
+  };
+
   const close = async () => {
+    held.clear();
     await client.close();
     return { closed: true };
   };
@@ -123,6 +148,8 @@ export async function runClient(nest, flags, control) {
       send,
       emit,
       batch,
+      hold,
+      raw,
       connect,
       close,
       reconnect: async () => {
@@ -133,7 +160,7 @@ export async function runClient(nest, flags, control) {
         await gone;
         return connect();
       },
-      stats: () => ({ ...control.disturbances, pending: client.routingMap.size, rssBytes: process.memoryUsage.rss() }),
+      stats: () => ({ ...control.disturbances, pending: wire.pending(client), rssBytes: process.memoryUsage.rss() }),
     },
     close,
     1_000,

@@ -6,16 +6,17 @@ import { parseArgs } from 'node:util';
 import { runClient } from './client.mjs';
 import { Control } from './control.mjs';
 import { runServer } from './server.mjs';
+import { transports } from './transports.mjs';
 
-const USAGE = `usage: node peer.mjs server|client --transport tcp|nats [options]
+const USAGE = `usage: node peer.mjs server|client --transport tcp|nats|redis|rmq|mqtt|mqtt5 [options]
 
-  --transport tcp|nats  which NestJS transport to use (required)
-  --host HOST           tcp: address to listen on or to connect to [127.0.0.1]
-  --port N              tcp: port; 0 lets the system choose (server only) [0]
-  --nats URL            nats: server URL [nats://127.0.0.1:4222]
-  --queue Q             nats server: queue group of every subscription
+  --transport NAME      which NestJS transport to use (required); mqtt5 is mqtt with protocolVersion 5
+  --url URL             where the broker is; tcp: where to listen or to connect, port 0 lets the system choose
+                        (server only) [tcp://127.0.0.1:0, nats://127.0.0.1:4222, redis://127.0.0.1:6379,
+                        amqp://127.0.0.1:5672, mqtt://127.0.0.1:1883]
+  --queue Q             nats server: queue group of every subscription; rmq: the queue
   --name NAME           server: what the handlers "whoami" and "queued" answer [the process id]
-  --options JSON        any further NestJS options of the transport, laid over the ones above
+  --options JSON        any further NestJS options of the transport, laid over the ones above; may be repeated
   --wrap-errors         client: use a client class that turns every remote error into an RpcException
   --sabotage            server: {cmd:"sum"} is off by one, to prove that a check notices`;
 
@@ -38,35 +39,27 @@ function readArguments(argv) {
       allowPositionals: true,
       options: {
         transport: { type: 'string' },
-        host: { type: 'string', default: '127.0.0.1' },
-        port: { type: 'string', default: '0' },
-        nats: { type: 'string', default: 'nats://127.0.0.1:4222' },
+        url: { type: 'string' },
         queue: { type: 'string' },
         name: { type: 'string', default: String(process.pid) },
-        options: { type: 'string', default: '{}' },
+        options: { type: 'string', multiple: true, default: [] },
         'wrap-errors': { type: 'boolean', default: false },
         sabotage: { type: 'boolean', default: false },
       },
     });
     const role = positionals[0];
     if (positionals.length !== 1 || !['server', 'client'].includes(role)) throw new Error('say server or client');
-    if (!['tcp', 'nats'].includes(values.transport)) throw new Error('--transport must be tcp or nats');
-    const port = Number(values.port);
-    if (!Number.isInteger(port) || port < 0 || port > 65535) throw new Error('--port must be 0 to 65535');
-    if (role === 'client' && values.transport === 'tcp' && port === 0) throw new Error('a tcp client needs --port');
-    return { role, flags: { ...values, port, options: JSON.parse(values.options) } };
+    const version5 = values.transport === 'mqtt5';
+    const transport = version5 ? 'mqtt' : values.transport;
+    if (!Object.hasOwn(transports, transport)) throw new Error('--transport must be tcp, nats, redis, rmq, mqtt or mqtt5');
+    const url = values.url ?? transports[transport].url;
+    const { hostname: host, port: digits } = new URL(url);
+    const port = Number(digits);
+    if (role === 'client' && transport === 'tcp' && port === 0) throw new Error('a tcp client needs a port in --url');
+    const options = Object.assign({}, ...values.options.map((text) => JSON.parse(text)));
+    return { role, flags: { ...values, transport, version5, url, host, port, options } };
   } catch (error) {
     console.error(`${error.message}\n\n${USAGE}`);
     process.exit(2);
   }
-}
-
-/** The options object NestJS gets for the chosen transport. */
-export function transportOptions(nest, flags) {
-  const { Transport } = nest.microservices;
-  if (flags.transport === 'tcp') {
-    return { transport: Transport.TCP, options: { host: flags.host, port: flags.port, ...flags.options } };
-  }
-  const queue = flags.queue === undefined ? {} : { queue: flags.queue };
-  return { transport: Transport.NATS, options: { servers: [flags.nats], ...queue, ...flags.options } };
 }

@@ -2,8 +2,12 @@
 
 // What the server peer answers: the handlers of the issue, those of NestJS's own integration suite, and the odd cases.
 
+import { hasWildcards, transports } from './transports.mjs';
+
 /** The routes over `state`, whose counters `stats` shows. `self()` gives a client of this very service. */
-export function buildRoutes(nest, state, { name, sabotage, self }) {
+export function buildRoutes(nest, state, { flags, self }) {
+  const { name, sabotage, transport: transportName } = flags;
+  const wire = transports[transportName];
   const { BadRequestException } = nest.common;
   const { RpcException, Transport } = nest.microservices;
   const { EMPTY, NEVER, Observable, concat, firstValueFrom, from, interval, of, takeUntil, throwError } = nest.rxjs;
@@ -13,9 +17,29 @@ export function buildRoutes(nest, state, { name, sabotage, self }) {
     const key = label ?? (typeof pattern === 'string' ? pattern : JSON.stringify(pattern));
     const run = (data, ctx) => {
       state.calls[key] = (state.calls[key] ?? 0) + 1;
-      return handle(data, ctx);
+      return acknowledged(ctx, () => handle(data, ctx));
     };
     routes.push({ kind, pattern, transport, extras, handle: run });
+  };
+  // With `noAck: false` NestJS leaves it to the handler. The chain of an event has one message, which may be acked once.
+  const acked = new WeakSet();
+  const acknowledged = (ctx, handle) => {
+    if (transportName !== 'rmq' || flags.options.noAck !== false) return handle();
+    const ack = () => {
+      if (acked.has(ctx.getMessage())) return;
+      acked.add(ctx.getMessage());
+      ctx.getChannelRef().ack(ctx.getMessage());
+    };
+    let result;
+    try {
+      result = handle();
+    } catch (error) {
+      ack();
+      throw error;
+    }
+    if (typeof result?.then === 'function') return result.finally(ack);
+    ack();
+    return result;
   };
   const message = (pattern, handle, more) => counted('message', pattern, handle, more);
   const event = (pattern, handle, more) => counted('event', pattern, handle, more);
@@ -34,8 +58,13 @@ export function buildRoutes(nest, state, { name, sabotage, self }) {
 
   message('echo', (data) => data);
   message('metadata', (_, ctx) => ctx.getMetadata?.() ?? null);
-  message('pattern', (_, ctx) => ctx.getPattern?.() ?? ctx.getSubject());
-  message('headers', (_, ctx) => headerMap(ctx.getHeaders?.()));
+  const address = (ctx) => ctx.getPattern?.() ?? ctx.getSubject?.() ?? ctx.getChannel?.() ?? ctx.getTopic();
+  message('pattern', (_, ctx) => address(ctx));
+  message('headers', (_, ctx) => {
+    const headers = wire.headers?.(ctx);
+    return headers && Object.keys(headers).length > 0 ? headers : null;
+  });
+  message('delivery', (_, ctx) => wire.delivery?.(ctx) ?? null);
   message('whoami', () => name);
 
   message('fail', (data) => {
@@ -90,6 +119,7 @@ export function buildRoutes(nest, state, { name, sabotage, self }) {
   message('big', ({ n }) => 'x'.repeat(n));
   message('length', (text) => ({ units: text.length, bytes: Buffer.byteLength(text) }));
   message('unicode', (text) => `😀${text}é`);
+  message('buffer', (text) => Buffer.from(text, 'base64'));
 
   event('notification', (data) => {
     state.notifications += 1;
@@ -106,29 +136,38 @@ export function buildRoutes(nest, state, { name, sabotage, self }) {
   });
   message('calls', (key) => state.calls[key] ?? 0);
 
-  // Only where NestJS has wildcards and queue groups.
-  const subject = (_, ctx) => ctx.getSubject();
-  message('time.us.*', subject, onNats);
-  message('wild.>', subject, onNats);
-  event('wildEvent.*', (_, ctx) => void state.subjects.push(ctx.getSubject()), onNats);
-  message('subjects', () => state.subjects, onNats);
-  message('queued', () => name, { ...onNats, extras: { queue: 'lab' } });
-  message('onlyNats', () => 'nats', onNats);
-  message('onlyTcp', () => 'tcp', { transport: Transport.TCP });
+  for (const { id } of Object.values(transports)) {
+    const only = id[0] + id.slice(1).toLowerCase();
+    message(`only${only}`, () => only.toLowerCase(), { transport: Transport[id] });
+  }
 
-  // The patterns NestJS's own NATS suite uses.
-  message('math.*', add, onNats);
-  message('async.*', async (numbers) => add(numbers), onNats);
-  message('stream.*', (numbers) => of(add(numbers)), onNats);
-  message('streaming.*', (numbers) => from(numbers), onNats);
-  message('exception', () => throwError(() => new RpcException('test')), onNats);
-  message('broadcast.*', () => concat(of(1), NEVER), onNats);
+  // Several servers answer one request.
+  const broadcast = () => concat(of(1), NEVER);
+  if (wire.topics === undefined) return routes;
+  if (hasWildcards(flags)) {
+    const wild = (...words) => words.join(wire.topics.separator);
+    const { one, rest } = wire.topics;
+    message(wild('time', 'us', one), (_, ctx) => address(ctx));
+    message(wild('wild', rest), (_, ctx) => address(ctx));
+    event(wild('wildEvent', one), (_, ctx) => void state.subjects.push(address(ctx)));
+    message('subjects', () => state.subjects);
+
+    // The patterns NestJS's own NATS suite uses.
+    message(wild('math', one), add);
+    message(wild('async', one), async (numbers) => add(numbers));
+    message(wild('stream', one), (numbers) => of(add(numbers)));
+    message(wild('streaming', one), (numbers) => from(numbers));
+    message(wild('broadcast', one), broadcast);
+  } else {
+    message('broadcast.test', broadcast);
+  }
+  message('exception', () => throwError(() => new RpcException('test')));
+  if (transportName === 'nats') message('queued', () => name, { extras: { queue: 'lab' } });
+  if (transportName === 'mqtt') {
+    message('$share/lab/shared/+', () => name);
+    event('$share/lab/sharedEvent/+', (_, ctx) => void state.subjects.push(address(ctx)));
+    event('qosEvent', (_, ctx) => void state.subjects.push(ctx.getPacket().qos), { extras: { qos: 1 } });
+  }
 
   return routes;
-}
-
-/** Headers as `{name: [values]}`, null when there are none (or the transport has none). */
-function headerMap(headers) {
-  if (headers === undefined || headers === null) return null;
-  return Object.fromEntries([...headers.keys()].map((key) => [key, headers.values(key)]));
 }

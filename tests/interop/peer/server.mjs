@@ -3,8 +3,8 @@
 // The server peer: a NestJS microservice over one transport.
 
 import { buildController, buildModule } from './controller.mjs';
-import { transportOptions } from './main.mjs';
 import { buildRoutes } from './routes.mjs';
+import { transportOptions, transports } from './transports.mjs';
 
 export async function runServer(nest, flags, control) {
   const { NestFactory } = nest.core;
@@ -26,11 +26,13 @@ export async function runServer(nest, flags, control) {
       const { transport, options } = transportOptions(nest, { ...flags, port, options: clientSide(flags.options) });
       selfClient = ClientProxyFactory.create({ transport, options });
       await selfClient.connect();
+      // Its calls start together: see "The reply address" in README.md.
+      await transports[flags.transport].hold?.(selfClient, '{"cmd":"sum"}');
     }
     return selfClient;
   };
 
-  const routes = buildRoutes(nest, state, { name: flags.name, sabotage: flags.sabotage, self });
+  const routes = buildRoutes(nest, state, { flags, self });
   const root = buildModule(nest, [buildController(nest, routes)]);
   const app = await NestFactory.createMicroservice(root, { ...config, logger: control.logger(), abortOnError: false });
   const server = app.serverInstance ?? app.server;
@@ -40,7 +42,7 @@ export async function runServer(nest, flags, control) {
   await app.listen();
   if (flags.transport === 'tcp') port = server.server.address().port;
   // NestJS does not wait until the broker has read the subscriptions; ready means that it has.
-  else await server.natsClient.flush();
+  await transports[flags.transport].ready?.(server);
 
   const close = async () => {
     await selfClient?.close();
@@ -72,8 +74,8 @@ export async function runServer(nest, flags, control) {
   );
 }
 
-/** The service calls itself without its queue group; a TLS key pair is trusted as its own authority. */
-function clientSide({ queue, tlsOptions, ...rest }) {
+/** The service calls itself without what is for servers alone; a TLS key pair is trusted as its own authority. */
+function clientSide({ queue, tlsOptions, noAck, ...rest }) {
   if (tlsOptions === undefined) return rest;
   return { ...rest, tlsOptions: { ...tlsOptions, ca: tlsOptions.ca ?? tlsOptions.cert } };
 }

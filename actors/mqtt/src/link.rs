@@ -1,0 +1,660 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One connection to a broker: what the two halves of a session share.
+//!
+//! The loop is ours, on the driver's codec: reading goes on while the runtime takes nothing (so that
+//! acknowledgements, pings and the end of the connection are seen), what was read waits here under a bound, and a
+//! message is acknowledged when it is taken, not when it is read.
+
+use std::collections::{HashMap, VecDeque};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use martlet_core::error::SessionError;
+use martlet_core::pattern::Route;
+use martlet_core::transport::PacketId;
+use parking_lot::Mutex;
+use tokio::io::AsyncWrite;
+use tokio::time::{Instant, Sleep};
+
+use crate::driver::{self, Ack, AckKind, ConnAck, Filter, Incoming, Publish, ReadError, Refusal, Version};
+use crate::flow::{Acked, Again, Flow, Message};
+use crate::net::Stream;
+use crate::options::{MqttQos, MqttSubscribeOptions};
+use crate::record::PublishOptions;
+
+/// How much is read at once, and how much one turn reads.
+const READ_CHUNK: usize = 64 * 1024;
+/// The least room to read into.
+const READ_LEAST: usize = 4 * 1024;
+/// What an arrival that waits costs beside its bytes.
+const ARRIVAL_OVERHEAD: usize = 128;
+
+/// What outlives a connection: of one end of one service or client.
+#[derive(Debug, Default)]
+pub(crate) struct Carry {
+    pub(crate) flow: Flow,
+    /// Reply topics that a session was subscribed to when it ended.
+    pub(crate) reply_filters: Vec<String>,
+    /// Whether there was a connection already.
+    pub(crate) connected: bool,
+    /// Attempts at the first connection.
+    pub(crate) attempts: i32,
+}
+
+/// What subscribing or unsubscribing is for.
+#[derive(Debug)]
+pub(crate) enum Control {
+    Route(Route),
+    /// The reply topic of this key.
+    Reply(usize),
+    Gone,
+}
+
+/// What the session must know of.
+#[derive(Debug)]
+pub(crate) enum Signal {
+    Subscribed(Control, Option<Refusal>),
+    Unsubscribed,
+    /// A request that the broker does not take.
+    Refused(PacketId, Refusal),
+    Report(String),
+}
+
+/// How a message is acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct AckTo {
+    pub(crate) id: u16,
+    pub(crate) qos: MqttQos,
+}
+
+/// Bounds of a connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) max_packet_bytes: usize,
+    pub(crate) buffered_bytes: usize,
+    pub(crate) publish_window: usize,
+}
+
+/// The rest of a packet that is too large to be taken.
+#[derive(Debug)]
+struct Skip {
+    bytes: usize,
+    ack: Option<AckTo>,
+}
+
+pub(crate) struct Link {
+    stream: Stream,
+    pub(crate) version: Version,
+    limits: Limits,
+    carry: Arc<Mutex<Carry>>,
+    pub(crate) flow: Flow,
+    input: BytesMut,
+    output: BytesMut,
+    unflushed: bool,
+    arrived: VecDeque<Publish>,
+    arrived_bytes: usize,
+    /// Messages dropped for want of room: not yet reported, and in all.
+    dropped: u64,
+    dropped_before: u64,
+    skip: Option<Skip>,
+    connack: Option<ConnAck>,
+    /// What the broker allows.
+    broker: ConnAck,
+    controls: HashMap<u16, Control>,
+    pub(crate) signals: VecDeque<Signal>,
+    last_words: Option<String>,
+    /// Why the connection is over; told when what it brought has been taken.
+    ended: Option<SessionError>,
+    /// Whether messages are still wanted.
+    pub(crate) intake: bool,
+    keep: Keep,
+}
+
+/// Asking whether the broker lives.
+#[derive(Debug, Default)]
+struct Keep {
+    /// Half of the interval: something is sent in each, and something must come in two.
+    period: Duration,
+    tick: Option<Pin<Box<Sleep>>>,
+    sent: bool,
+    received: bool,
+    silent: u32,
+}
+
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Link").field("version", &self.version).finish_non_exhaustive()
+    }
+}
+
+impl Link {
+    pub(crate) fn new(stream: Stream, version: Version, limits: Limits, carry: Arc<Mutex<Carry>>) -> Self {
+        let flow = std::mem::take(&mut carry.lock().flow);
+        Self {
+            stream,
+            version,
+            limits,
+            carry,
+            flow,
+            input: BytesMut::new(),
+            output: BytesMut::new(),
+            unflushed: false,
+            arrived: VecDeque::new(),
+            arrived_bytes: 0,
+            dropped: 0,
+            dropped_before: 0,
+            skip: None,
+            connack: None,
+            broker: ConnAck::default(),
+            controls: HashMap::new(),
+            signals: VecDeque::new(),
+            last_words: None,
+            ended: None,
+            intake: true,
+            keep: Keep::default(),
+        }
+    }
+
+    // === opening ===
+
+    /// Writes a packet that the driver makes.
+    pub(crate) fn put(
+        &mut self,
+        write: impl FnOnce(Version, &mut BytesMut) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let start = self.output.len();
+        let written = write(self.version, &mut self.output);
+        if written.is_err() {
+            self.output.truncate(start);
+        }
+        written
+    }
+
+    /// Waits for the answer to CONNECT.
+    pub(crate) fn poll_connack(&mut self, cx: &mut Context<'_>) -> Poll<Result<ConnAck, SessionError>> {
+        let _ = self.poll_work(cx)?;
+        match self.connack.take() {
+            Some(connack) => Poll::Ready(Ok(connack)),
+            None => Poll::Pending,
+        }
+    }
+
+    /// The connection is accepted; what is unfinished is sent again.
+    pub(crate) fn opened(&mut self, connack: ConnAck, keepalive: u16) -> Result<(), SessionError> {
+        let again = self.flow.resume(connack.session_present);
+        let keepalive = connack.keepalive.unwrap_or(keepalive);
+        self.broker = connack;
+        for again in again {
+            match again {
+                Again::Release(id) => self.version.ack(AckKind::PubRel, id, false, &mut self.output),
+                Again::Publish(id) => self.write_sent(id, true),
+            }
+        }
+        if keepalive > 0 {
+            self.keep.period = Duration::from_millis(500) * u32::from(keepalive);
+            self.keep.tick = Some(Box::pin(tokio::time::sleep(self.keep.period)));
+        }
+        Ok(())
+    }
+
+    /// Whether subscriptions can have MQTT 5's identifiers.
+    pub(crate) fn has_identifiers(&self) -> bool {
+        self.version.is_v5() && !self.broker.no_subscription_ids
+    }
+
+    // === subscribing ===
+
+    /// Asks for a subscription; its end comes as a signal.
+    pub(crate) fn subscribe(
+        &mut self,
+        filter: &str,
+        options: MqttSubscribeOptions,
+        identifier: Option<usize>,
+        control: Control,
+    ) -> Result<(), String> {
+        let identifier = identifier.filter(|_| self.has_identifiers());
+        let filter = Filter { filter, options, identifier };
+        self.control(control, |version, id, out| version.subscribe(id, &filter, out))
+    }
+
+    pub(crate) fn unsubscribe(&mut self, filters: Vec<String>) -> Result<(), String> {
+        self.control(Control::Gone, |version, id, out| version.unsubscribe(id, filters, out))
+    }
+
+    fn control(
+        &mut self,
+        control: Control,
+        write: impl FnOnce(Version, u16, &mut BytesMut) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let id = self.flow.control_id().ok_or("65,535 packets wait for the broker's acknowledgement")?;
+        let written = self.put(|version, out| write(version, id, out));
+        match written {
+            Ok(()) => {
+                self.controls.insert(id, control);
+            }
+            Err(_) => self.flow.control_done(id),
+        }
+        written
+    }
+
+    /// How many of them the broker has not answered.
+    pub(crate) fn controls(&self) -> usize {
+        self.controls.len()
+    }
+
+    // === publishing ===
+
+    /// Publishes a message; its topic is given in two parts. `payload` is left empty.
+    pub(crate) fn publish(
+        &mut self,
+        topic: [&[u8]; 2],
+        payload: &mut BytesMut,
+        mut options: PublishOptions,
+        request: Option<PacketId>,
+    ) -> Result<(), String> {
+        if options.retain && self.broker.no_retain {
+            payload.clear();
+            return Err("the broker does not keep retained messages".to_owned());
+        }
+        // MQTT-10: a broker that offers less gets less.
+        let best = self.broker.max_qos.map_or(MqttQos::ExactlyOnce, driver::qos_of);
+        options.qos = options.qos.min(best);
+        if options.qos == MqttQos::AtMostOnce {
+            let start = self.output.len();
+            let written = self.put(|version, out| version.publish(topic, payload, 0, &options, out));
+            payload.clear();
+            written?;
+            return self.check_size(start);
+        }
+        // Held against the broker's bound before it is taken.
+        let start = self.output.len();
+        let written = self.put(|version, out| version.publish(topic, payload, 1, &options, out));
+        let fits = written.and_then(|()| self.check_size(start));
+        self.output.truncate(start);
+        let payload = payload.split().freeze();
+        fits?;
+        let topic = Bytes::from(topic.concat());
+        self.flow.push(Message { topic, payload, options, request });
+        self.publish_waiting();
+        Ok(())
+    }
+
+    /// Takes a packet back that is larger than the broker takes.
+    fn check_size(&mut self, start: usize) -> Result<(), String> {
+        let size = self.output.len() - start;
+        match self.broker.max_packet_size {
+            Some(limit) if size > limit as usize => {
+                self.output.truncate(start);
+                Err(format!("a packet of {size} bytes exceeds what the broker takes, {limit}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Sends what the window has room for.
+    fn publish_waiting(&mut self) {
+        let broker = self.broker.receive_maximum.map_or(usize::MAX, usize::from);
+        let window = self.limits.publish_window.min(broker).max(1);
+        while let Some((id, _)) = self.flow.next(window) {
+            self.write_sent(id, false);
+        }
+    }
+
+    fn write_sent(&mut self, id: u16, again: bool) {
+        let Some(message) = self.flow.message(id) else { return };
+        let options = match again {
+            true => &PublishOptions { dup: true, ..message.options.clone() },
+            false => &message.options,
+        };
+        let start = self.output.len();
+        // It was written once before, to be measured.
+        let written =
+            self.version.publish([&message.topic, &[]], &message.payload, id, options, &mut self.output);
+        if let Err(reason) = written {
+            self.output.truncate(start);
+            self.flow.forget(id);
+            self.signals.push_back(Signal::Report(reason));
+        }
+    }
+
+    /// Bytes that are not yet on the wire.
+    pub(crate) fn pending_bytes(&self) -> usize {
+        self.output.len() + self.flow.waiting_bytes()
+    }
+
+    /// Acknowledges a message.
+    pub(crate) fn acknowledge(&mut self, to: AckTo, failed: bool) {
+        match to.qos {
+            MqttQos::AtMostOnce => {}
+            MqttQos::AtLeastOnce => self.version.ack(AckKind::PubAck, to.id, failed, &mut self.output),
+            MqttQos::ExactlyOnce => {
+                self.version.ack(AckKind::PubRec, to.id, failed, &mut self.output);
+                // A refusal ends the exchange; without MQTT 5 there is none.
+                if !failed || !self.version.is_v5() {
+                    self.flow.received(to.id);
+                }
+            }
+        }
+    }
+
+    pub(crate) fn say_goodbye(&mut self) {
+        self.version.disconnect(&mut self.output);
+    }
+
+    // === the work of a turn ===
+
+    /// Writes and reads what there is; ready when nothing is left to be written.
+    pub(crate) fn poll_work(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, SessionError> {
+        self.poll_keepalive(cx)?;
+        let _ = self.poll_write(cx)?;
+        self.poll_read(cx);
+        self.check_ended()?;
+        if self.flow.is_waiting() {
+            self.publish_waiting();
+        }
+        // What reading led to.
+        let written = self.poll_write(cx)?;
+        Ok(if written.is_ready() && !self.flow.is_waiting() { Poll::Ready(()) } else { Poll::Pending })
+    }
+
+    pub(crate) fn poll_write(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, SessionError> {
+        while !self.output.is_empty() {
+            match Pin::new(&mut self.stream).poll_write(cx, &self.output) {
+                Poll::Ready(Ok(0)) => return Err(self.lost("it takes no more bytes")),
+                Poll::Ready(Ok(written)) => {
+                    self.output.advance(written);
+                    self.keep.sent = true;
+                    self.unflushed = true;
+                }
+                Poll::Ready(Err(error)) => return Err(self.lost(&error.to_string())),
+                Poll::Pending => return Ok(Poll::Pending),
+            }
+        }
+        if self.unflushed {
+            match Pin::new(&mut self.stream).poll_flush(cx) {
+                Poll::Ready(Ok(())) => self.unflushed = false,
+                Poll::Ready(Err(error)) => return Err(self.lost(&error.to_string())),
+                Poll::Pending => return Ok(Poll::Pending),
+            }
+        }
+        Ok(Poll::Ready(()))
+    }
+
+    pub(crate) fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        // The other end may be gone already.
+        Pin::new(&mut self.stream).poll_shutdown(cx).map(drop)
+    }
+
+    /// Reads what there is, within bounds. The end of the connection is kept until it is asked for.
+    pub(crate) fn poll_read(&mut self, cx: &mut Context<'_>) {
+        if self.ended.is_none()
+            && let Err(error) = self.read_some(cx)
+        {
+            self.ended = Some(error);
+        }
+    }
+
+    fn read_some(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
+        let mut budget = READ_CHUNK;
+        loop {
+            if self.input.capacity() - self.input.len() < READ_LEAST {
+                self.input.reserve(READ_CHUNK);
+            }
+            let read = {
+                let future = tokio::io::AsyncReadExt::read_buf(&mut self.stream, &mut self.input);
+                tokio::pin!(future);
+                future.poll(cx)
+            };
+            match read {
+                Poll::Pending => return Ok(()),
+                Poll::Ready(Ok(0)) => return Err(self.lost("it closed the connection")),
+                Poll::Ready(Err(error)) => return Err(self.lost(&error.to_string())),
+                Poll::Ready(Ok(bytes)) => {
+                    self.keep.received = true;
+                    self.decode()?;
+                    budget = budget.saturating_sub(bytes);
+                    if budget == 0 {
+                        cx.waker().wake_by_ref();
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Why the connection is over, once everything it brought has been taken.
+    pub(crate) fn check_ended(&self) -> Result<(), SessionError> {
+        match &self.ended {
+            Some(error) if self.arrived.is_empty() && self.signals.is_empty() => Err(error.clone()),
+            _ => Ok(()),
+        }
+    }
+
+    fn poll_keepalive(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
+        let keep = &mut self.keep;
+        let Some(tick) = &mut keep.tick else { return Ok(()) };
+        if tick.as_mut().poll(cx).is_pending() {
+            return Ok(());
+        }
+        tick.as_mut().reset(Instant::now() + keep.period);
+        // Polled again, so that it is registered.
+        cx.waker().wake_by_ref();
+        let received = std::mem::take(&mut keep.received);
+        let sent = std::mem::take(&mut keep.sent);
+        keep.silent = if received { 0 } else { keep.silent + 1 };
+        if keep.silent > 2 {
+            let interval = keep.period * 2;
+            return Err(self.lost(&format!("nothing came for {interval:?}, the option keepalive")));
+        }
+        if !received || !sent {
+            self.version.ping(&mut self.output);
+        }
+        Ok(())
+    }
+
+    /// Why the session is over.
+    pub(crate) fn lost(&self, why: &str) -> SessionError {
+        match &self.last_words {
+            Some(words) => SessionError::lost(format!("the connection to the broker was lost: {words}")),
+            None => SessionError::lost(format!("the connection to the broker was lost: {why}")),
+        }
+    }
+
+    // === arrivals ===
+
+    fn decode(&mut self) -> Result<(), SessionError> {
+        loop {
+            if let Some(skip) = &mut self.skip {
+                let bytes = skip.bytes.min(self.input.len());
+                self.input.advance(bytes);
+                skip.bytes -= bytes;
+                if skip.bytes > 0 {
+                    return Ok(());
+                }
+                let ack = skip.ack;
+                self.skip = None;
+                if let Some(ack) = ack {
+                    self.acknowledge(ack, true);
+                }
+            }
+            if self.input.is_empty() {
+                return Ok(());
+            }
+            match self.version.read(&mut self.input, self.limits.max_packet_bytes) {
+                Ok(packet) => self.take(packet)?,
+                Err(ReadError::Incomplete(more)) => {
+                    self.input.reserve(more.min(self.limits.max_packet_bytes));
+                    return Ok(());
+                }
+                Err(ReadError::TooLarge) => {
+                    if !self.skip_packet()? {
+                        return Ok(());
+                    }
+                }
+                Err(ReadError::Malformed(reason)) => {
+                    return Err(SessionError::protocol(format!("the broker broke the protocol: {reason}")));
+                }
+            }
+        }
+    }
+
+    /// MQTT-14: a message over `maxPacketBytes` is read past, and acknowledged so that it does not come again. False
+    /// when its head is not there yet.
+    fn skip_packet(&mut self) -> Result<bool, SessionError> {
+        let limit = self.limits.max_packet_bytes;
+        let Some((head, body)) = driver::frame(&self.input) else { return Ok(false) };
+        if head >> 4 != 3 {
+            return Err(SessionError::protocol(format!(
+                "the broker sent a packet of {} bytes, more than maxPacketBytes, {limit}",
+                body.end
+            )));
+        }
+        let qos = driver::qos_of(head >> 1 & 3);
+        let acked = qos != MqttQos::AtMostOnce;
+        let at = body.start;
+        let Some(len) = self.input.get(at..at + 2) else { return Ok(false) };
+        let topic_end = at + 2 + usize::from(u16::from_be_bytes([len[0], len[1]]));
+        let head_end = topic_end + if acked { 2 } else { 0 };
+        if head_end > body.end {
+            return Err(SessionError::protocol(
+                "the broker broke the protocol: a topic longer than its packet",
+            ));
+        }
+        if self.input.len() < head_end {
+            return Ok(false);
+        }
+        let topic = String::from_utf8_lossy(&self.input[at + 2..topic_end]).into_owned();
+        let ack = acked.then(|| AckTo {
+            id: u16::from_be_bytes([self.input[topic_end], self.input[topic_end + 1]]),
+            qos,
+        });
+        self.signals.push_back(Signal::Report(format!(
+            "message on {topic}: {} bytes exceed maxPacketBytes, {limit}; it was skipped",
+            body.end
+        )));
+        self.skip = Some(Skip { bytes: body.end, ack });
+        Ok(true)
+    }
+
+    fn take(&mut self, packet: Incoming) -> Result<(), SessionError> {
+        match packet {
+            Incoming::Publish(publish) => self.arrive(publish),
+            Incoming::PubAck(ack) => {
+                let acked = self.flow.on_puback(ack);
+                self.acked(0, acked);
+            }
+            Incoming::PubRec(ack) => {
+                let id = ack.id;
+                let acked = self.flow.on_pubrec(ack);
+                self.acked(id, acked);
+            }
+            Incoming::PubRel(id) => {
+                self.flow.released(id);
+                self.version.ack(AckKind::PubComp, id, false, &mut self.output);
+            }
+            Incoming::PubComp(id) => self.flow.on_pubcomp(id),
+            Incoming::SubAck(Ack { id, refusal }) => {
+                self.flow.control_done(id);
+                if let Some(control) = self.controls.remove(&id) {
+                    self.signals.push_back(Signal::Subscribed(control, refusal));
+                }
+            }
+            Incoming::UnsubAck(id) => {
+                self.flow.control_done(id);
+                if self.controls.remove(&id).is_some() {
+                    self.signals.push_back(Signal::Unsubscribed);
+                }
+            }
+            Incoming::ConnAck(connack) => self.connack = Some(connack),
+            Incoming::Pong => {}
+            Incoming::Disconnect(reason) => {
+                self.last_words = Some(format!("the broker said: {reason}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn acked(&mut self, id: u16, acked: Acked) {
+        match acked {
+            Acked::Done => {}
+            Acked::Release => self.version.ack(AckKind::PubRel, id, false, &mut self.output),
+            Acked::Refused(message, refusal) => {
+                if refusal == Refusal::NoSubscribers && message.options.qos == MqttQos::ExactlyOnce {
+                    self.version.ack(AckKind::PubRel, id, false, &mut self.output);
+                }
+                match (message.request, refusal) {
+                    (Some(request), refusal) => self.signals.push_back(Signal::Refused(request, refusal)),
+                    // An event for nobody.
+                    (None, Refusal::NoSubscribers) => {}
+                    (None, Refusal::Because(reason)) => self.signals.push_back(Signal::Report(format!(
+                        "the broker refused a message on {}: {reason}",
+                        String::from_utf8_lossy(&message.topic)
+                    ))),
+                }
+            }
+        }
+    }
+
+    fn arrive(&mut self, publish: Publish) {
+        if publish.qos == MqttQos::ExactlyOnce && self.flow.is_received(publish.id) {
+            // It was taken; the broker has not heard of it.
+            self.version.ack(AckKind::PubRec, publish.id, false, &mut self.output);
+            return;
+        }
+        if !self.intake {
+            // Not acknowledged: the broker keeps it for the next session.
+            return;
+        }
+        let size = publish.topic.len() + publish.payload.len() + ARRIVAL_OVERHEAD;
+        if publish.qos == MqttQos::AtMostOnce
+            && !self.arrived.is_empty()
+            && self.arrived_bytes + size > self.limits.buffered_bytes
+        {
+            // MQTT-13.
+            self.dropped += 1;
+            return;
+        }
+        self.arrived_bytes += size;
+        self.arrived.push_back(publish);
+    }
+
+    /// Whether something waits to be looked at.
+    pub(crate) fn has_news(&self) -> bool {
+        !self.arrived.is_empty() || !self.signals.is_empty() || self.dropped > 0 || self.ended.is_some()
+    }
+
+    /// Reply topics that the broker goes on sending to a session that it keeps.
+    pub(crate) fn keep_reply_filters(&self, filters: Vec<String>) {
+        self.carry.lock().reply_filters = filters;
+    }
+
+    /// The next message that arrived.
+    pub(crate) fn next_arrival(&mut self) -> Option<Publish> {
+        let publish = self.arrived.pop_front()?;
+        self.arrived_bytes -= publish.topic.len() + publish.payload.len() + ARRIVAL_OVERHEAD;
+        Some(publish)
+    }
+
+    /// A report of messages that were dropped since the last one.
+    pub(crate) fn take_dropped(&mut self) -> Option<String> {
+        if self.dropped == 0 {
+            return None;
+        }
+        let dropped = std::mem::take(&mut self.dropped);
+        self.dropped_before += dropped;
+        Some(format!(
+            "{dropped} messages of quality of service 0 ({} in this session) were dropped: bufferedBytes, {}, were \
+             waiting",
+            self.dropped_before, self.limits.buffered_bytes
+        ))
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.carry.lock().flow = std::mem::take(&mut self.flow);
+    }
+}

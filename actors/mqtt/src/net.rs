@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The way to a broker: TCP, TLS, WebSocket.
+
+use std::sync::Arc;
+
+use async_tungstenite::tungstenite::client::IntoClientRequest;
+use async_tungstenite::tungstenite::http::HeaderValue;
+use martlet_core::error::SessionError;
+use rumqttc_core::{AsyncReadWrite, WsAdapter, validate_response_headers};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+use crate::options::{MqttTlsOptions, without_secrets};
+
+/// A connection to a broker.
+pub(crate) type Stream = Box<dyn AsyncReadWrite>;
+
+/// Where a broker is, out of the option `url`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Target {
+    pub(crate) tls: bool,
+    /// The path, for WebSocket.
+    pub(crate) websocket: Option<String>,
+    pub(crate) host: String,
+    pub(crate) port: u16,
+    pub(crate) username: Option<String>,
+    pub(crate) password: Option<String>,
+}
+
+impl Target {
+    pub(crate) fn parse(url: &str) -> Result<Self, String> {
+        let (scheme, rest) = url.split_once("://").unwrap_or(("mqtt", url));
+        let (tls, websocket, default_port) = match scheme {
+            "mqtt" | "tcp" => (false, false, 1883),
+            "mqtts" | "ssl" | "tls" => (true, false, 8883),
+            "ws" => (false, true, 80),
+            "wss" => (true, true, 443),
+            other => return Err(format!("unknown scheme {other:?}: mqtt, mqtts, ws and wss are known")),
+        };
+        let rest = rest.split('#').next().unwrap_or(rest);
+        let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+        let (login, address) = match authority.rsplit_once('@') {
+            Some((login, address)) => (Some(login), address),
+            None => (None, authority),
+        };
+        let (host, port) = match address.strip_prefix('[') {
+            Some(rest) => {
+                let (host, port) = rest.split_once(']').ok_or("an IPv6 address needs a closing bracket")?;
+                (host, port.strip_prefix(':'))
+            }
+            None => match address.rsplit_once(':') {
+                Some((host, port)) => (host, Some(port)),
+                None => (address, None),
+            },
+        };
+        if host.is_empty() {
+            return Err("there is no host".to_owned());
+        }
+        let port = match port {
+            None | Some("") => default_port,
+            Some(port) => port.parse().map_err(|_| format!("bad port {port:?}"))?,
+        };
+        let (username, password) = match login.map(|login| login.split_once(':').unwrap_or((login, ""))) {
+            None | Some(("", "")) => (None, None),
+            Some((user, "")) => (Some(percent_decoded(user)), None),
+            Some((user, password)) => (Some(percent_decoded(user)), Some(percent_decoded(password))),
+        };
+        let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
+        let websocket = websocket.then_some(path);
+        Ok(Self { tls, websocket, host: host.to_owned(), port, username, password })
+    }
+}
+
+/// Undoes the percent-encoding of user and password in a URL.
+fn percent_decoded(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, more)) = rest.split_first() {
+        let hex = |at: usize| char::from(*more.get(at)?).to_digit(16);
+        match (first, hex(0), hex(1)) {
+            (b'%', Some(high), Some(low)) => {
+                bytes.push((high * 16 + low) as u8);
+                rest = &more[2..];
+            }
+            _ => {
+                bytes.push(first);
+                rest = more;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Opens the stream that packets travel on.
+pub(crate) async fn connect(
+    url: &str,
+    target: &Target,
+    tls: Option<&MqttTlsOptions>,
+) -> Result<Stream, SessionError> {
+    let shown = without_secrets(url);
+    // Read before anything is sent: a wrong option is told at once.
+    let config = match target.tls {
+        true => Some(client_config(tls.unwrap_or(&MqttTlsOptions::new()))?),
+        false if tls.is_some() => {
+            return Err(SessionError::fatal(format!(
+                "option tls needs an address of mqtts:// or wss:// in option url, which is {shown}"
+            )));
+        }
+        false => None,
+    };
+    let tcp = TcpStream::connect((target.host.as_str(), target.port)).await.map_err(|error| {
+        SessionError::refused(format!("option url: the broker at {shown} cannot be reached: {error}"))
+    })?;
+    // Packets are gathered here; the kernel need not wait for more.
+    tcp.set_nodelay(true)?;
+    let stream: Stream = match config {
+        None => Box::new(tcp),
+        Some(config) => {
+            let name = ServerName::try_from(target.host.clone()).map_err(|error| {
+                SessionError::fatal(format!("option url: TLS cannot check the host of {shown}: {error}"))
+            })?;
+            let connected = TlsConnector::from(config).connect(name, tcp).await;
+            Box::new(connected.map_err(|error| handshake_error(&shown, &error))?)
+        }
+    };
+    match &target.websocket {
+        None => Ok(stream),
+        Some(path) => upgrade(&shown, target, path, stream).await,
+    }
+}
+
+async fn upgrade(shown: &str, target: &Target, path: &str, stream: Stream) -> Result<Stream, SessionError> {
+    let fatal = |error: &dyn std::fmt::Display| {
+        SessionError::fatal(format!("option url: {shown} is no WebSocket address of an MQTT broker: {error}"))
+    };
+    let scheme = if target.tls { "wss" } else { "ws" };
+    let host = if target.host.contains(':') { format!("[{}]", target.host) } else { target.host.clone() };
+    let address = format!("{scheme}://{host}:{}{path}", target.port);
+    let mut request = address.into_client_request().map_err(|error| fatal(&error))?;
+    request.headers_mut().insert("Sec-WebSocket-Protocol", HeaderValue::from_static("mqtt"));
+    let (socket, response) =
+        async_tungstenite::tokio::client_async(request, stream).await.map_err(|error| match &error {
+            async_tungstenite::tungstenite::Error::Io(_) => SessionError::refused(format!(
+                "option url: the WebSocket of the broker at {shown} cannot be opened: {error}"
+            )),
+            other => fatal(other),
+        })?;
+    validate_response_headers(&response).map_err(|error| fatal(&error))?;
+    Ok(Box::new(WsAdapter::new(socket)))
+}
+
+fn client_config(options: &MqttTlsOptions) -> Result<Arc<ClientConfig>, SessionError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| SessionError::fatal(format!("option tls: {error}")))?;
+    let mut roots = RootCertStore::empty();
+    match &options.ca_file {
+        Some(path) => {
+            for certificate in certificates("tls.caFile", path)? {
+                roots.add(certificate).map_err(|error| {
+                    SessionError::fatal(format!("option tls.caFile {}: {error}", path.display()))
+                })?;
+            }
+        }
+        None => {
+            let native = rustls_native_certs::load_native_certs();
+            roots.add_parsable_certificates(native.certs);
+            if roots.is_empty() {
+                return Err(SessionError::fatal(
+                    "option tls.caFile: the platform has no authorities to trust, so one is needed",
+                ));
+            }
+        }
+    }
+    let builder = builder.with_root_certificates(roots);
+    let config = match (&options.cert_file, &options.key_file) {
+        (Some(cert), Some(key)) => {
+            let key = PrivateKeyDer::from_pem_file(key).map_err(|error| {
+                SessionError::fatal(format!("option tls.keyFile {}: {error}", key.display()))
+            })?;
+            builder.with_client_auth_cert(certificates("tls.certFile", cert)?, key).map_err(|error| {
+                SessionError::fatal(format!("option tls.keyFile does not fit tls.certFile: {error}"))
+            })?
+        }
+        (None, None) => builder.with_no_client_auth(),
+        _ => return Err(SessionError::fatal("options tls.certFile and tls.keyFile need each other")),
+    };
+    Ok(Arc::new(config))
+}
+
+fn certificates(option: &str, path: &std::path::Path) -> Result<Vec<CertificateDer<'static>>, SessionError> {
+    let fatal = |error: &dyn std::fmt::Display| {
+        SessionError::fatal(format!("option {option} {}: {error}", path.display()))
+    };
+    let certificates = CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|error| fatal(&error))?;
+    if certificates.is_empty() {
+        return Err(fatal(&"it holds no PEM certificate"));
+    }
+    Ok(certificates)
+}
+
+/// A handshake that failed: a wrong certificate is not retried, a broken line is.
+fn handshake_error(shown: &str, error: &std::io::Error) -> SessionError {
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(tls) => SessionError::fatal(format!("option tls: TLS with the broker at {shown} failed: {tls}")),
+        None => SessionError::refused(format!("option tls: TLS with the broker at {shown} failed: {error}")),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_with_the_ports_of_their_schemes() {
+        let parse = |url: &str| {
+            let target = Target::parse(url).unwrap();
+            (target.tls, target.websocket, target.host, target.port)
+        };
+        let name = || "h".to_owned();
+        assert_eq!(parse("mqtt://h"), (false, None, name(), 1883));
+        assert_eq!(parse("h:1"), (false, None, name(), 1));
+        assert_eq!(parse("mqtts://h/"), (true, None, name(), 8883));
+        assert_eq!(parse("ws://h/mqtt?a=1"), (false, Some("/mqtt?a=1".to_owned()), name(), 80));
+        assert_eq!(parse("wss://h"), (true, Some("/".to_owned()), name(), 443));
+        assert_eq!(parse("mqtt://[::1]:7"), (false, None, "::1".to_owned(), 7));
+        let target = Target::parse("mqtt://us%40er:p%3Aw@h").unwrap();
+        assert_eq!((target.username.as_deref(), target.password.as_deref()), (Some("us@er"), Some("p:w")));
+        for bad in ["http://h", "mqtt://", "mqtt://h:x", "mqtt://[::1"] {
+            assert!(Target::parse(bad).is_err(), "{bad}");
+        }
+    }
+}

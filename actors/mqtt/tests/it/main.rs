@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The MQTT transporter against a real mosquitto, which each test starts on a port of its own.
+#![allow(clippy::unwrap_used)]
+
+mod calls;
+mod conformance;
+mod world;

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Subject of the publishers over Redis, RabbitMQ and MQTT: a Martlet client, a task for each event in flight, on one
+//! thread.
+
+use std::time::Instant;
+
+use clap::Parser;
+use futures::future::try_join_all;
+use martlet::{ClientProxy, Transport};
+use martlet_bench::Result;
+use martlet_bench::options::Measure;
+use martlet_bench::report::Report;
+use martlet_bench::service::NOTED;
+use martlet_bench::window::Window;
+use serde_json::json;
+
+/// Publish events with Martlet.
+#[derive(Parser)]
+struct Options {
+    /// The broker: redis://…, amqp://…?queue=NAME or mqtt://….
+    url: String,
+    /// Events in flight.
+    #[arg(long, default_value_t = 64)]
+    depth: usize,
+    #[command(flatten)]
+    measure: Measure,
+}
+
+fn main() -> Result<()> {
+    let Options { url, depth, measure } = Options::parse();
+    let mut transport = Transport::from_url(&url)?;
+    if url.starts_with("amqp") {
+        // As the baseline declares it.
+        transport = transport.with("queueOptions", json!({ "maxLength": 10_000 }));
+    }
+    actix_rt::System::new().block_on(async {
+        let client = transport.into_client()?;
+        client.connect().await?;
+        let window = measure.window();
+        let load = async {
+            try_join_all((0..depth).map(|number| publish(&client, number, &window))).await?;
+            Ok(())
+        };
+        let report = window.measure(measure.warmup(), load).await?;
+        client.close().await;
+        measure.print(&Report { target: url, connections: 1, depth, ..report })
+    })
+}
+
+async fn publish(client: &ClientProxy, number: usize, window: &Window) -> Result<()> {
+    let mut turn = number;
+    while window.is_sending() {
+        turn += 1;
+        let sent = Instant::now();
+        client.emit(NOTED, [(turn % 90 + 10) as i64, 2, 3, 4, 5]).await?;
+        window.count(sent.elapsed())?;
+    }
+    Ok(())
+}
