@@ -12,7 +12,7 @@ The header holds a block
 In the expected lines `…` stands for any text. A line `^C` means that the lines above it are waited for and
 the program is then stopped with SIGINT, which it must survive long enough to end with status 0. An example whose source
 mentions nats:// gets a broker of its own: its URL is in the environment variable NATS_URL, and takes the place of
-nats://127.0.0.1:4222 in the arguments.
+nats://127.0.0.1:4222 in the arguments. One that reads RABBITMQ_URL gets a RabbitMQ node, whose URL that is.
 """
 
 import os
@@ -77,11 +77,46 @@ class Broker:
         self.process.wait()
 
 
-def run(name, command, lines, url):
+class RabbitMQ:
+    """A RabbitMQ node on a free port, with folder, name and epmd of its own, for as long as the block runs."""
+
+    START = """
+        export HOME="$1" RABBITMQ_HOME="$1" RABBITMQ_MNESIA_BASE="$1/mnesia" RABBITMQ_LOG_BASE="$1/log"
+        export RABBITMQ_CONF_ENV_FILE=/dev/null RABBITMQ_ENABLED_PLUGINS_FILE="$1/plugins"
+        export RABBITMQ_NODENAME="martlet$2@localhost" RABBITMQ_NODE_IP_ADDRESS=127.0.0.1 RABBITMQ_NODE_PORT="$2"
+        export RABBITMQ_DIST_PORT="$3" ERL_EPMD_PORT="$4" ERL_EPMD_ADDRESS=127.0.0.1 RUNNING_UNDER_SYSTEMD=1
+        setpriv --pdeathsig KILL epmd -port "$4" -address 127.0.0.1 &
+        exec /usr/lib/rabbitmq/bin/rabbitmq-server
+    """
+
+    def __enter__(self):
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        (Path(self.folder.name) / "plugins").write_text("[].\n")
+        port = free_port()
+        self.process = subprocess.Popen(
+            ["sh", "-c", self.START, "rabbitmq", self.folder.name, str(port), str(free_port()), str(free_port())],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                return f"amqp://127.0.0.1:{port}"
+            except OSError:
+                time.sleep(0.1)
+        self.__exit__()
+        raise ValueError("rabbitmq-server did not start")
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        self.folder.cleanup()
+
+
+def run(name, command, lines, url, variable="NATS_URL"):
     arguments = command[command.index("--") + 1:] if "--" in command else []
     environment = dict(os.environ)
     if url:
-        environment["NATS_URL"] = url
+        environment[variable] = url
         arguments = [argument.replace(DEFAULT_URL, url) for argument in arguments]
     binary = TARGET / "debug" / "examples" / name
     interrupt = "^C" in lines
@@ -119,7 +154,10 @@ def main():
         source = path.read_text()
         try:
             command, lines = expected(source)
-            if "nats://" in source:
+            if "RABBITMQ_URL" in source:
+                with RabbitMQ() as url:
+                    run(path.stem, command, lines, url, "RABBITMQ_URL")
+            elif "nats://" in source:
                 with Broker() as url:
                     run(path.stem, command, lines, url)
             else:

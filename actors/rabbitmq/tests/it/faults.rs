@@ -7,17 +7,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use martlet_core::{
-    CallError, ConnectionStatus, Data, FailurePolicy, Microservice, RpcError, SessionErrorKind, StartError, event,
-    message,
+    CallError, ConnectionStatus, Data, FailurePolicy, Microservice, RpcError, SessionErrorKind, StartError,
+    event, message,
 };
 use martlet_rabbitmq::{
-    RmqClient, RmqClientOptions, RmqQueueOptions, RmqServer, RmqServerOptions, RmqSocketOptions, RmqTlsOptions,
+    RmqClient, RmqClientOptions, RmqQueueOptions, RmqServer, RmqServerOptions, RmqSocketOptions,
+    RmqTlsOptions,
 };
 use martlet_testkit::broker::{Broker, BrokerCommand};
 use martlet_testkit::relay::Relay;
 
 use crate::raw::Raw;
-use crate::world::{GRACE, client, client_options, quick, serve, server_options, shared_broker, slow, sum, unique, until};
+use crate::world::{
+    GRACE, client, client_options, quick, serve, server_options, shared_broker, slow, sum, unique, until,
+};
 
 /// Why a service does not start.
 async fn start_error(options: RmqServerOptions) -> (SessionErrorKind, String) {
@@ -72,8 +75,18 @@ async fn check(
 async fn a_broker_that_cannot_be_reached_is_said_at_once() {
     let begin = Instant::now();
     let nobody = nobody_listens();
-    check(|urls, _, _| *urls = vec![nobody.clone()], SessionErrorKind::Refused, &["option urls", "127.0.0.1"]).await;
-    check(|urls, _, _| *urls = vec!["http://x".to_owned()], SessionErrorKind::Fatal, &["option urls", "http"]).await;
+    check(
+        |urls, _, _| *urls = vec![nobody.clone()],
+        SessionErrorKind::Refused,
+        &["option urls", "127.0.0.1"],
+    )
+    .await;
+    check(
+        |urls, _, _| *urls = vec!["http://x".to_owned()],
+        SessionErrorKind::Fatal,
+        &["option urls", "http"],
+    )
+    .await;
     check(|urls, _, _| urls.clear(), SessionErrorKind::Fatal, &["option urls is empty"]).await;
     assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
 }
@@ -82,14 +95,20 @@ async fn a_broker_that_cannot_be_reached_is_said_at_once() {
 async fn a_refused_login_and_a_missing_vhost_are_said() {
     let broker = shared_broker();
     let login = format!("amqp://guest:secret@{}", broker.address());
-    check(|urls, _, _| *urls = vec![login.clone()], SessionErrorKind::Fatal, &["login", "user and password"]).await;
+    check(|urls, _, _| *urls = vec![login.clone()], SessionErrorKind::Fatal, &["login", "user and password"])
+        .await;
     let vhost = format!("{}/nowhere", broker.url());
     check(|urls, _, _| *urls = vec![vhost.clone()], SessionErrorKind::Fatal, &["vhost", "nowhere"]).await;
 }
 
 #[actix::test]
 async fn a_missing_queue_that_is_not_to_be_declared_is_said() {
-    check(|_, _, no_assert| *no_assert = true, SessionErrorKind::Fatal, &["noAssert", "refused-", "no queue"]).await;
+    check(
+        |_, _, no_assert| *no_assert = true,
+        SessionErrorKind::Fatal,
+        &["noAssert", "refused-", "no queue"],
+    )
+    .await;
     check(|_, queue, _| queue.no_assert = true, SessionErrorKind::Fatal, &["noAssert", "refused-"]).await;
 }
 
@@ -247,7 +266,11 @@ async fn a_cut_line_ends_each_call_once_and_everything_is_back() {
 async fn a_frozen_broker_is_noticed_by_its_missing_heartbeats() {
     let broker = Broker::start(BrokerCommand::rabbitmq()).unwrap();
     let queue = unique("frozen");
-    let heartbeat = || RmqSocketOptions::new().heartbeat_interval(Duration::from_secs(1)).reconnect_time(Duration::from_millis(50));
+    let heartbeat = || {
+        RmqSocketOptions::new()
+            .heartbeat_interval(Duration::from_secs(1))
+            .reconnect_time(Duration::from_millis(50))
+    };
     let server = server_options(&broker, &queue).socket_options(heartbeat()).timeout(Duration::from_secs(1));
     let (service, _) = serve(server, [sum()]).await;
     let client = RmqClient::new(
@@ -262,7 +285,10 @@ async fn a_frozen_broker_is_noticed_by_its_missing_heartbeats() {
     let lost = client.send::<i64>("sum", [1]).await;
     assert!(matches!(lost, Err(CallError::Lost { .. })), "{lost:?}");
     assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
-    until("the service has noticed", || service.servers()[0].status() == Some(ConnectionStatus::Reconnecting)).await;
+    until("the service has noticed", || {
+        service.servers()[0].status() == Some(ConnectionStatus::Reconnecting)
+    })
+    .await;
     broker.thaw().unwrap();
     until("it is back", || service.servers()[0].status() == Some(ConnectionStatus::Connected)).await;
     assert_eq!(client.send::<i64>("sum", [1, 2]).await.unwrap(), 3);
@@ -378,7 +404,8 @@ async fn tls_is_verified_and_its_errors_are_said() {
     let (ca, issuer) = authority("ours");
     let (other, _) = authority("another");
     let key = rcgen::KeyPair::generate().unwrap();
-    let cert = rcgen::CertificateParams::new(["localhost".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
+    let cert =
+        rcgen::CertificateParams::new(["localhost".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
     for (name, text) in
         [("ca.pem", &ca), ("other.pem", &other), ("cert.pem", &cert.pem()), ("key.pem", &key.serialize_pem())]
     {
@@ -436,7 +463,8 @@ async fn an_amqps_url_begins_with_a_tls_handshake() {
         bytes
     });
     let broker = shared_broker();
-    let (_, text) = call_error(client_options(&broker, "q").urls([url]).timeout(Duration::from_secs(5))).await;
+    let (_, text) =
+        call_error(client_options(&broker, "q").urls([url]).timeout(Duration::from_secs(5))).await;
     assert!(text.contains("option"), "{text}");
     // A record of type handshake, version 3.x.
     assert_eq!(first.join().unwrap()[..2], [22, 3]);

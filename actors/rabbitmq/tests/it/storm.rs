@@ -28,7 +28,9 @@ fn url(relay: &Relay) -> [String; 1] {
 
 /// Sessions that notice a frozen broker, and do not wait long for the next one.
 fn quick() -> RmqSocketOptions {
-    RmqSocketOptions::new().heartbeat_interval(Duration::from_secs(1)).reconnect_time(Duration::from_millis(50))
+    RmqSocketOptions::new()
+        .heartbeat_interval(Duration::from_secs(1))
+        .reconnect_time(Duration::from_millis(50))
 }
 
 /// Kills, restarts and freezes the broker and cuts lines as the work goes on, `done` saying how far it is.
@@ -160,7 +162,8 @@ async fn of_fifty_thousand_events_none_that_was_confirmed_is_lost() {
     let (broker, relays, cuts) = chaos;
     let confirmed: Vec<u64> =
         results.iter().filter(|(_, result)| result.is_ok()).map(|(number, _)| *number).collect();
-    let refused = results.iter().filter(|(_, result)| matches!(result, Err(error) if error.is_not_sent())).count();
+    let refused =
+        results.iter().filter(|(_, result)| matches!(result, Err(error) if error.is_not_sent())).count();
     let missing = || {
         let runs = runs.lock();
         confirmed.iter().filter(|number| !runs.contains_key(number)).count()
@@ -178,7 +181,10 @@ async fn of_fifty_thousand_events_none_that_was_confirmed_is_lost() {
     let runs = runs.lock();
     // What was not sent never ran, what is unknown may have.
     for (number, result) in &results {
-        assert!(!matches!(result, Err(error) if error.is_not_sent()) || !runs.contains_key(number), "{number}");
+        assert!(
+            !matches!(result, Err(error) if error.is_not_sent()) || !runs.contains_key(number),
+            "{number}"
+        );
     }
     let twice = runs.values().filter(|count| **count > 1).count();
     eprintln!(
