@@ -2,7 +2,11 @@
 //! The RabbitMQ transporter against a real node, which the test binary starts.
 #![allow(clippy::unwrap_used)]
 
+mod acks;
 mod config;
 mod conformance;
+mod faults;
 mod messages;
+mod raw;
+mod storm;
 mod world;
