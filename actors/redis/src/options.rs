@@ -35,11 +35,11 @@ martlet_core::transport_options! {
         "password" password: Option<String> = None, (impl Into<String>) |password| Some(password.into());
         /// TLS. Default: only if `url` begins with `rediss://`, with the platform's authorities.
         "tls" tls: Option<RedisTlsOptions> = None, (RedisTlsOptions) |tls| Some(tls);
-        /// Attempts in a row to get a lost connection back. Default none: a client makes a new connection at its
-        /// next call; a server makes one attempt, then ends its service (NestJS's stays deaf).
+        /// Attempts in a row to get a lost connection back; a client makes one more, at once. Default none: a client
+        /// makes a new connection at its next call; a server makes one attempt, then ends its service (NestJS's
+        /// stays deaf).
         "retryAttempts" retry_attempts: Option<u32> = None, (u32) |attempts| Some(attempts);
-        /// The pause before each attempt, in milliseconds; the first one is made at once by clients, after the
-        /// pause by servers. Default 5000.
+        /// The pause before each attempt, in milliseconds. Default 5000.
         #[serde(with = "millis")]
         "retryDelay" retry_delay: Duration = Duration::from_secs(5), (Duration) |delay| delay;
         /// The connections' name in the broker's `CLIENT LIST`. Default none.

@@ -224,7 +224,7 @@ async fn an_exclusive_queue_is_waited_for() {
     let (first, _) = serve(options.clone(), [sum()]).await;
     let (kind, text) = start_error(options.clone()).await;
     assert!(kind == SessionErrorKind::Refused && text.contains("queueOptions"), "{text}");
-    let second = async { serve(options, [sum()]).await };
+    let second = async { serve(options.max_connection_attempts(100), [sum()]).await };
     let (_, (second, _)) = futures::join!(
         async {
             tokio::time::sleep(Duration::from_millis(200)).await;
