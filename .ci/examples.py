@@ -11,8 +11,8 @@ The header holds a block
 
 In the expected lines `…` stands for any text. A line `^C` means that the lines above it are waited for and
 the program is then stopped with SIGINT, which it must survive long enough to end with status 0. An example whose source
-mentions nats:// gets a broker of its own: its URL is in the environment variable NATS_URL, and takes the place of
-nats://127.0.0.1:4222 in the arguments. One that reads RABBITMQ_URL gets a RabbitMQ node, whose URL that is.
+mentions a broker's default URL (see BROKERS) gets a broker of its own: its URL is in the environment variable, and takes
+the place of the default one in the arguments.
 """
 
 import os
@@ -30,7 +30,36 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
 LIMIT = 60
-DEFAULT_URL = "nats://127.0.0.1:4222"
+# A RabbitMQ node of its own: $1 is its folder, $2 its port, $3 and $4 those for distribution and epmd.
+RABBITMQ = """
+    export HOME="$1" RABBITMQ_HOME="$1" RABBITMQ_MNESIA_BASE="$1/mnesia" RABBITMQ_LOG_BASE="$1/log"
+    export RABBITMQ_CONF_ENV_FILE=/dev/null RABBITMQ_ENABLED_PLUGINS_FILE="$1/plugins"
+    export RABBITMQ_NODENAME="martlet$2@localhost" RABBITMQ_NODE_IP_ADDRESS=127.0.0.1 RABBITMQ_NODE_PORT="$2"
+    export RABBITMQ_DIST_PORT="$3" ERL_EPMD_PORT="$4" ERL_EPMD_ADDRESS=127.0.0.1 RUNNING_UNDER_SYSTEMD=1
+    echo "[]." > "$1/plugins"
+    setpriv --pdeathsig KILL epmd -port "$4" -address 127.0.0.1 &
+    exec /usr/lib/rabbitmq/bin/rabbitmq-server
+"""
+
+
+def mosquitto(port, folder):
+    path = Path(folder) / "mosquitto.conf"
+    path.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\n")
+    return ["mosquitto", "-c", str(path)]
+
+
+# Scheme: the default URL, the environment variable, the program for a port and a folder.
+BROKERS = {
+    "nats": ("nats://127.0.0.1:4222", "NATS_URL",
+             lambda port, _: ["nats-server", "-a", "127.0.0.1", "-p", str(port)]),
+    "redis": ("redis://127.0.0.1:6379", "REDIS_URL",
+              lambda port, _: ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", "",
+                               "--appendonly", "no"]),
+    "amqp": ("amqp://127.0.0.1:5672", "RABBITMQ_URL",
+             lambda port, folder: ["sh", "-c", RABBITMQ, "rabbitmq", folder, str(port), str(free_port()),
+                                   str(free_port())]),
+    "mqtt": ("mqtt://127.0.0.1:1883", "MQTT_URL", mosquitto),
+}
 
 
 def expected(source):
@@ -55,56 +84,27 @@ def free_port():
 
 
 class Broker:
-    """A nats-server on a free port, for as long as the block runs."""
+    """A broker on a free port, for as long as the block runs."""
+
+    def __init__(self, scheme):
+        self.scheme = scheme
 
     def __enter__(self):
         self.port = free_port()
         self.log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(["nats-server", "-a", "127.0.0.1", "-p", str(self.port)],
-                                        stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return f"nats://127.0.0.1:{self.port}"
-            except OSError:
-                time.sleep(0.05)
-        self.__exit__()
-        raise ValueError("nats-server did not start")
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
-
-
-class RabbitMQ:
-    """A RabbitMQ node on a free port, with folder, name and epmd of its own, for as long as the block runs."""
-
-    START = """
-        export HOME="$1" RABBITMQ_HOME="$1" RABBITMQ_MNESIA_BASE="$1/mnesia" RABBITMQ_LOG_BASE="$1/log"
-        export RABBITMQ_CONF_ENV_FILE=/dev/null RABBITMQ_ENABLED_PLUGINS_FILE="$1/plugins"
-        export RABBITMQ_NODENAME="martlet$2@localhost" RABBITMQ_NODE_IP_ADDRESS=127.0.0.1 RABBITMQ_NODE_PORT="$2"
-        export RABBITMQ_DIST_PORT="$3" ERL_EPMD_PORT="$4" ERL_EPMD_ADDRESS=127.0.0.1 RUNNING_UNDER_SYSTEMD=1
-        setpriv --pdeathsig KILL epmd -port "$4" -address 127.0.0.1 &
-        exec /usr/lib/rabbitmq/bin/rabbitmq-server
-    """
-
-    def __enter__(self):
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        (Path(self.folder.name) / "plugins").write_text("[].\n")
-        port = free_port()
-        self.process = subprocess.Popen(
-            ["sh", "-c", self.START, "rabbitmq", self.folder.name, str(port), str(free_port()), str(free_port())],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+        command = BROKERS[self.scheme][2](self.port, self.folder.name)
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL)
+        # A RabbitMQ node takes its time.
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                return f"amqp://127.0.0.1:{port}"
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return f"{self.scheme}://127.0.0.1:{self.port}"
             except OSError:
-                time.sleep(0.1)
+                time.sleep(0.05)
         self.__exit__()
-        raise ValueError("rabbitmq-server did not start")
+        raise ValueError(f"{command[0]} did not start")
 
     def __exit__(self, *_):
         self.process.kill()
@@ -112,12 +112,14 @@ class RabbitMQ:
         self.folder.cleanup()
 
 
-def run(name, command, lines, url, variable="NATS_URL"):
+def run(name, command, lines, broker=None):
     arguments = command[command.index("--") + 1:] if "--" in command else []
     environment = dict(os.environ)
-    if url:
+    if broker:
+        scheme, url = broker
+        default, variable, _ = BROKERS[scheme]
         environment[variable] = url
-        arguments = [argument.replace(DEFAULT_URL, url) for argument in arguments]
+        arguments = [argument.replace(default, url) for argument in arguments]
     binary = TARGET / "debug" / "examples" / name
     interrupt = "^C" in lines
     first = lines.index("^C") if interrupt else len(lines)
@@ -154,14 +156,12 @@ def main():
         source = path.read_text()
         try:
             command, lines = expected(source)
-            if "RABBITMQ_URL" in source:
-                with RabbitMQ() as url:
-                    run(path.stem, command, lines, url, "RABBITMQ_URL")
-            elif "nats://" in source:
-                with Broker() as url:
-                    run(path.stem, command, lines, url)
+            scheme = next((scheme for scheme, (url, *_) in BROKERS.items() if url in source), None)
+            if scheme:
+                with Broker(scheme) as url:
+                    run(path.stem, command, lines, (scheme, url))
             else:
-                run(path.stem, command, lines, None)
+                run(path.stem, command, lines)
         except (ValueError, OSError) as error:
             failed += 1
             print(f"example {path.stem}: FAILED\n  {error}", flush=True)

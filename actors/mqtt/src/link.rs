@@ -20,7 +20,7 @@ use tokio::io::AsyncWrite;
 use tokio::time::{Instant, Sleep};
 
 use crate::driver::{self, Ack, AckKind, ConnAck, Filter, Incoming, Publish, ReadError, Refusal, Version};
-use crate::flow::{Acked, Again, Flow, Message};
+use crate::flow::{Acked, Again, Flow, Message, Window};
 use crate::net::Stream;
 use crate::options::{MqttQos, MqttSubscribeOptions};
 use crate::record::PublishOptions;
@@ -29,6 +29,8 @@ use crate::record::PublishOptions;
 const READ_CHUNK: usize = 64 * 1024;
 /// The least room to read into.
 const READ_LEAST: usize = 4 * 1024;
+/// How many exchanges of quality of service 2 a broker of MQTT 3.1.1 is trusted with: mosquitto's default.
+const UNTOLD_WINDOW: usize = 20;
 /// What an arrival that waits costs beside its bytes.
 const ARRIVAL_OVERHEAD: usize = 128;
 
@@ -101,6 +103,7 @@ pub(crate) struct Link {
     dropped_before: u64,
     skip: Option<Skip>,
     connack: Option<ConnAck>,
+    is_open: bool,
     /// What the broker allows.
     broker: ConnAck,
     controls: HashMap<u16, Control>,
@@ -148,6 +151,7 @@ impl Link {
             dropped_before: 0,
             skip: None,
             connack: None,
+            is_open: false,
             broker: ConnAck::default(),
             controls: HashMap::new(),
             signals: VecDeque::new(),
@@ -175,16 +179,18 @@ impl Link {
 
     /// Waits for the answer to CONNECT.
     pub(crate) fn poll_connack(&mut self, cx: &mut Context<'_>) -> Poll<Result<ConnAck, SessionError>> {
-        let _ = self.poll_work(cx)?;
-        match self.connack.take() {
-            Some(connack) => Poll::Ready(Ok(connack)),
-            None => Poll::Pending,
+        let worked = self.poll_work(cx);
+        // A broker that refuses closes the connection behind its answer.
+        if let Some(connack) = self.connack.take() {
+            return Poll::Ready(Ok(connack));
         }
+        worked.map(|_| Poll::Pending)?
     }
 
     /// The connection is accepted; what is unfinished is sent again.
     pub(crate) fn opened(&mut self, connack: ConnAck, keepalive: u16) -> Result<(), SessionError> {
         let again = self.flow.resume(connack.session_present);
+        self.is_open = true;
         let keepalive = connack.keepalive.unwrap_or(keepalive);
         self.broker = connack;
         for again in again {
@@ -255,25 +261,20 @@ impl Link {
         mut options: PublishOptions,
         request: Option<PacketId>,
     ) -> Result<(), String> {
-        if options.retain && self.broker.no_retain {
-            payload.clear();
-            return Err("the broker does not keep retained messages".to_owned());
-        }
         // MQTT-10: a broker that offers less gets less.
         let best = self.broker.max_qos.map_or(MqttQos::ExactlyOnce, driver::qos_of);
         options.qos = options.qos.min(best);
         if options.qos == MqttQos::AtMostOnce {
             let start = self.output.len();
-            let written = self.put(|version, out| version.publish(topic, payload, 0, &options, out));
+            let written = self.write_checked(topic, payload, &options);
+            if written.is_err() {
+                self.output.truncate(start);
+            }
             payload.clear();
-            written?;
-            return self.check_size(start);
+            return written;
         }
-        // Held against the broker's bound before it is taken.
-        let start = self.output.len();
-        let written = self.put(|version, out| version.publish(topic, payload, 1, &options, out));
-        let fits = written.and_then(|()| self.check_size(start));
-        self.output.truncate(start);
+        // Held against the broker's bounds before it is taken.
+        let fits = self.check(topic.concat().as_slice(), payload, &options);
         let payload = payload.split().freeze();
         fits?;
         let topic = Bytes::from(topic.concat());
@@ -282,12 +283,33 @@ impl Link {
         Ok(())
     }
 
-    /// Takes a packet back that is larger than the broker takes.
-    fn check_size(&mut self, start: usize) -> Result<(), String> {
+    /// Whether the broker takes such a message.
+    pub(crate) fn check(
+        &mut self,
+        topic: &[u8],
+        payload: &[u8],
+        options: &PublishOptions,
+    ) -> Result<(), String> {
+        let start = self.output.len();
+        let written = self.write_checked([topic, &[]], payload, options);
+        self.output.truncate(start);
+        written
+    }
+
+    fn write_checked(
+        &mut self,
+        topic: [&[u8]; 2],
+        payload: &[u8],
+        options: &PublishOptions,
+    ) -> Result<(), String> {
+        if options.retain && self.broker.no_retain {
+            return Err("the broker does not keep retained messages".to_owned());
+        }
+        let start = self.output.len();
+        self.version.publish(topic, payload, 1, options, &mut self.output)?;
         let size = self.output.len() - start;
         match self.broker.max_packet_size {
             Some(limit) if size > limit as usize => {
-                self.output.truncate(start);
                 Err(format!("a packet of {size} bytes exceeds what the broker takes, {limit}"))
             }
             _ => Ok(()),
@@ -296,8 +318,14 @@ impl Link {
 
     /// Sends what the window has room for.
     fn publish_waiting(&mut self) {
+        if !self.is_open {
+            return;
+        }
         let broker = self.broker.receive_maximum.map_or(usize::MAX, usize::from);
-        let window = self.limits.publish_window.min(broker).max(1);
+        let all = self.limits.publish_window.min(broker).max(1);
+        // MQTT-10: an MQTT 3.1.1 broker does not tell its bound, and mosquitto loses exchanges beyond it.
+        let twos = if self.version.is_v5() { all } else { all.min(UNTOLD_WINDOW) };
+        let window = Window { all, twos };
         while let Some((id, _)) = self.flow.next(window) {
             self.write_sent(id, false);
         }
@@ -400,6 +428,11 @@ impl Link {
     fn read_some(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
         let mut budget = READ_CHUNK;
         loop {
+            if self.is_full() {
+                // What waits is the broker's sign of life; taking it brings us back here.
+                self.keep.received = true;
+                return Ok(());
+            }
             if self.input.capacity() - self.input.len() < READ_LEAST {
                 self.input.reserve(READ_CHUNK);
             }
@@ -423,6 +456,14 @@ impl Link {
                 }
             }
         }
+    }
+
+    /// Whether the broker is held back by not reading: more waits than may, and none of it can be dropped. Not
+    /// while messages of ours wait for its acknowledgements.
+    fn is_full(&self) -> bool {
+        self.arrived_bytes > self.limits.buffered_bytes
+            && self.arrived.back().is_some_and(|publish| publish.qos != MqttQos::AtMostOnce)
+            && !self.flow.is_waiting()
     }
 
     /// Why the connection is over, once everything it brought has been taken.

@@ -3,5 +3,11 @@
 #![allow(clippy::unwrap_used)]
 
 mod calls;
+mod config;
 mod conformance;
+mod delivery;
+mod faults;
+mod messages;
+mod raw;
+mod storm;
 mod world;
