@@ -11,6 +11,7 @@ mod memory;
 mod packets;
 mod patterns;
 mod supervision;
+mod supervision_tree;
 mod support;
 #[cfg(feature = "tower")]
 mod tower;
