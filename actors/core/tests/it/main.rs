@@ -3,6 +3,7 @@
 //! Integration tests of `martlet-core`.
 #![allow(clippy::unwrap_used)]
 
+mod confirmation;
 mod conformance;
 mod edges;
 mod faults;
