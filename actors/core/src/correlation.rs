@@ -101,6 +101,8 @@ impl Reply {
 #[derive(Default)]
 struct Replies {
     first: Option<Reply>,
+    // Boxed once more, so that an entry without it is small.
+    #[allow(clippy::box_collection)]
     more: Option<Box<VecDeque<Reply>>>,
 }
 
