@@ -234,6 +234,8 @@ impl Arrived {
         }
         #[cfg(feature = "rabbitmq")]
         if let Some(context) = request.context::<martlet::rabbitmq::RmqContext>() {
+            let pattern = context.pattern();
+            self.pattern = if pattern.starts_with('{') { pattern } else { quoted(&pattern) };
             let headers = context.properties().headers;
             self.headers = (!headers.is_empty()).then(|| serde_json::Value::Object(headers).to_string());
         }

@@ -131,7 +131,7 @@ fn nats_serves_calls_and_the_tool() {
     let broker = Broker::start(BrokerCommand::nats()).unwrap();
     let url = broker.url();
     Wire {
-        data: json!({"transport": "NATS", "options": {"servers": [url], "queue": "data"}}),
+        data: json!({"transport": "NATS", "options": {"servers": [url], "name": "data"}}),
         wild: url.clone(),
         wildcard: ("orders.*", "orders.new"),
         no_handler: Some(3),

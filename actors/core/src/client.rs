@@ -211,21 +211,21 @@ impl ClientProxy {
     /// # Ok(()) }
     /// ```
     pub fn send<T: DeserializeOwned>(&self, pattern: impl Into<Pattern>, data: impl IntoRecord) -> Call<T> {
-        Call { prepared: Some(self.prepare(pattern.into(), data)), running: None, reply: PhantomData }
+        Call { state: CallState::Prepared(self.prepare(pattern.into(), data)), reply: PhantomData }
     }
 
     /// Sends an event, **at once**: it goes out whether or not the result is awaited. Awaiting it tells
     /// when the transporter has taken it, which says nothing about its handlers.
     pub fn emit(&self, pattern: impl Into<Pattern>, data: impl IntoRecord) -> Emit {
         let prepared = self.prepare(pattern.into(), data);
-        Emit { state: prepared.start(CallKind::Event) }
+        Emit { state: prepared.start(CallKind::Event, None).map_err(Some) }
     }
 
     /// As [`emit`](Self::emit), with metadata and headers of one's own.
     pub fn emit_with(&self, pattern: impl Into<Pattern>, data: impl IntoRecord, metadata: Metadata) -> Emit {
         let mut prepared = self.prepare(pattern.into(), data);
-        prepared.metadata = metadata;
-        Emit { state: prepared.start(CallKind::Event) }
+        prepared.extras().metadata = metadata;
+        Emit { state: prepared.start(CallKind::Event, None).map_err(Some) }
     }
 
     fn prepare(&self, pattern: Pattern, data: impl IntoRecord) -> Prepared {
@@ -234,12 +234,10 @@ impl ClientProxy {
             client: self.clone(),
             pattern,
             record,
-            metadata: Metadata::new(),
-            extra_headers: Headers::new(),
             timeout: self.shared.options.timeout,
             idempotent: false,
-            cancellation: None,
-            ambient: Ambient::current(),
+            extras: Ambient::current()
+                .map(|ambient| Box::new(Extras { ambient: Some(ambient), ..Extras::default() })),
         }
     }
 
@@ -378,79 +376,89 @@ struct Prepared {
     client: ClientProxy,
     pattern: Pattern,
     record: Result<(Payload, Headers), EncodeError>,
-    metadata: Metadata,
-    extra_headers: Headers,
     timeout: Option<Duration>,
     idempotent: bool,
+    /// What most calls do not have.
+    extras: Option<Box<Extras>>,
+}
+
+#[derive(Default)]
+struct Extras {
+    metadata: Metadata,
+    headers: Headers,
     cancellation: Option<Cancellation>,
     ambient: Option<Ambient>,
 }
 
-enum Started {
-    Failed(Option<CallError>),
+enum CallState {
+    Prepared(Prepared),
     Running(Running),
+    Ended,
 }
 
 struct Running {
     client: ClientProxy,
     key: SlotKey,
-    cancelled: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    cancelled: Option<Cancelled>,
     ended: bool,
 }
 
 impl Prepared {
-    fn start(self, kind: CallKind) -> Started {
-        match self.try_start(kind) {
-            Ok(running) => Started::Running(running),
-            Err(error) => Started::Failed(Some(error)),
-        }
+    fn extras(&mut self) -> &mut Extras {
+        self.extras.get_or_insert_default()
     }
 
-    fn try_start(self, kind: CallKind) -> Result<Running, CallError> {
-        let Self {
-            client,
-            pattern,
-            record,
-            mut metadata,
-            extra_headers,
-            timeout,
-            idempotent,
-            cancellation,
-            ambient,
-        } = self;
-        let (data, mut headers) = record.map_err(|error| CallError::Encode(Arc::new(error)))?;
+    /// Starts it; `cx` is of the task that waits for its reply, if that is known.
+    fn start(self, kind: CallKind, cx: Option<&TaskContext<'_>>) -> Result<Running, CallError> {
+        let Self { client, pattern, record, timeout, idempotent, extras } = self;
+        let (data, headers) = record.map_err(|error| CallError::Encode(Arc::new(error)))?;
         (client.shared.check)(&pattern).map_err(|reason| {
             CallError::Encode(Arc::from(Box::<dyn std::error::Error + Send + Sync>::from(reason)))
         })?;
-        for (name, value) in extra_headers.iter() {
-            headers.append(name, value);
+        let mut message =
+            OutboundMessage { id: None, pattern, data, metadata: Metadata::new(), timeout, headers };
+        let mut cancelled = None;
+        if let Some(extras) = extras {
+            cancelled = extras.add_to(&mut message, client.shared.options.propagate);
         }
-        let mut timeout = timeout;
-        if let Some(deadline) = ambient.as_ref().and_then(|ambient| ambient.deadline) {
-            // A call made inside a handler never outlives the handler's own caller.
-            let left = deadline.saturating_duration_since(Instant::now());
-            timeout = Some(timeout.map_or(left, |timeout| timeout.min(left)));
+        let timeout = message.timeout;
+        // A stream's timeout is for each reply: its handler has no deadline.
+        if kind != CallKind::Single || !client.shared.options.propagate {
+            message.timeout = None;
         }
-        let mut told = None;
-        if client.shared.options.propagate {
-            // A stream's timeout is for each reply: its handler has no deadline.
-            told = timeout.filter(|_| kind == CallKind::Single);
-            if let Some(trace) = ambient.and_then(|ambient| ambient.trace)
-                && metadata.get(TRACEPARENT_KEY).is_none()
-            {
-                insert_trace(&mut metadata, &trace.child());
-            }
-        }
-        let message = Box::new(OutboundMessage { id: None, pattern, data, metadata, timeout: told, headers });
-        let (key, connected) = client.shared.core.insert(NewCall { message, kind, timeout, idempotent })?;
+        let waker = cx.map(|cx| cx.waker().clone());
+        let call = NewCall { message, kind, timeout, idempotent, waker };
+        let (key, connected) = client.shared.core.insert(call)?;
         if !connected && let Err(error) = client.start() {
             client.shared.core.forget(key);
             return Err(error);
         }
-        let cancelled = cancellation.map(|token| {
-            Box::pin(async move { token.cancelled().await }) as Pin<Box<dyn Future<Output = ()> + Send>>
-        });
         Ok(Running { client, key, cancelled, ended: false })
+    }
+}
+
+type Cancelled = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+impl Extras {
+    #[cold]
+    fn add_to(self: Box<Self>, message: &mut OutboundMessage, propagate: bool) -> Option<Cancelled> {
+        let Self { metadata, headers, cancellation, ambient } = *self;
+        message.metadata = metadata;
+        for (name, value) in headers.iter() {
+            message.headers.append(name, value);
+        }
+        if let Some(deadline) = ambient.as_ref().and_then(|ambient| ambient.deadline) {
+            // A call made inside a handler never outlives the handler's own caller.
+            let left = deadline.saturating_duration_since(Instant::now());
+            message.timeout = Some(message.timeout.map_or(left, |timeout| timeout.min(left)));
+        }
+        if propagate
+            && let Some(trace) = ambient.and_then(|ambient| ambient.trace)
+            && message.metadata.get(TRACEPARENT_KEY).is_none()
+        {
+            insert_trace(&mut message.metadata, &trace.child());
+        }
+        cancellation.map(|token| Box::pin(async move { token.cancelled().await }) as Cancelled)
     }
 }
 
@@ -517,20 +525,19 @@ impl Drop for Running {
 /// disturbed.
 #[must_use = "nothing is sent until it is awaited or polled"]
 pub struct Call<T> {
-    prepared: Option<Prepared>,
-    running: Option<Started>,
+    state: CallState,
     reply: PhantomData<fn() -> T>,
 }
 
 impl<T> fmt::Debug for Call<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Call").field("started", &self.running.is_some()).finish()
+        f.debug_struct("Call").field("started", &!matches!(self.state, CallState::Prepared(_))).finish()
     }
 }
 
 impl<T> Call<T> {
     fn change(mut self, change: impl FnOnce(&mut Prepared)) -> Self {
-        if let Some(prepared) = &mut self.prepared {
+        if let CallState::Prepared(prepared) = &mut self.state {
             change(prepared);
         }
         self
@@ -555,44 +562,57 @@ impl<T> Call<T> {
     /// Adds packet metadata.
     pub fn metadata(self, key: impl Into<Box<str>>, value: impl Into<Box<str>>) -> Self {
         self.change(|call| {
-            call.metadata.insert(key, value);
+            call.extras().metadata.insert(key, value);
         })
     }
 
     /// Adds a header, where the transporter has them.
     pub fn header(self, name: impl Into<String>, value: impl Into<String>) -> Self {
-        self.change(|call| call.extra_headers.append(name, value))
+        self.change(|call| call.extras().headers.append(name, value))
     }
 
     /// Sets the trace that the request belongs to. Inside a handler, the handler's own is taken.
     pub fn trace(self, trace: &TraceContext) -> Self {
-        self.change(|call| insert_trace(&mut call.metadata, trace))
+        self.change(|call| insert_trace(&mut call.extras().metadata, trace))
     }
 
     /// Ends the call as [`CallError::Cancelled`] when the token is cancelled.
     pub fn cancel_on(self, token: Cancellation) -> Self {
-        self.change(|call| call.cancellation = Some(token))
+        self.change(|call| call.extras().cancellation = Some(token))
     }
 
     /// Takes every reply, as a stream. Nothing is sent until it is polled.
-    pub fn stream(mut self) -> ReplyStream<T> {
-        ReplyStream { prepared: self.prepared.take(), running: self.running.take(), reply: PhantomData }
+    pub fn stream(self) -> ReplyStream<T> {
+        ReplyStream { state: self.state, reply: PhantomData }
     }
 }
 
-fn poll_started(
-    prepared: &mut Option<Prepared>,
-    running: &mut Option<Started>,
-    kind: CallKind,
-    cx: &mut TaskContext<'_>,
-) -> Poll<Option<Result<Payload, CallError>>> {
-    if let Some(call) = prepared.take() {
-        *running = Some(call.start(kind));
-    }
-    match running {
-        Some(Started::Running(call)) => call.poll_reply(cx),
-        Some(Started::Failed(error)) => Poll::Ready(error.take().map(Err)),
-        None => Poll::Ready(None),
+impl CallState {
+    fn poll_reply(
+        &mut self,
+        kind: CallKind,
+        cx: &mut TaskContext<'_>,
+    ) -> Poll<Option<Result<Payload, CallError>>> {
+        match self {
+            Self::Running(running) => running.poll_reply(cx),
+            Self::Ended => Poll::Ready(None),
+            Self::Prepared(_) => {
+                let Self::Prepared(prepared) = std::mem::replace(self, Self::Ended) else {
+                    return Poll::Ready(None);
+                };
+                let mut running = match prepared.start(kind, Some(cx)) {
+                    Ok(running) => running,
+                    Err(error) => return Poll::Ready(Some(Err(error))),
+                };
+                // The task is woken by the reply; its token has still to know it.
+                let polled = match running.cancelled {
+                    Some(_) => running.poll_reply(cx),
+                    None => Poll::Pending,
+                };
+                *self = Self::Running(running);
+                polled
+            }
+        }
     }
 }
 
@@ -605,14 +625,13 @@ impl<T: DeserializeOwned> Future for Call<T> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
-        let reply =
-            std::task::ready!(poll_started(&mut this.prepared, &mut this.running, CallKind::Single, cx));
-        let format = match &this.running {
-            Some(Started::Running(running)) => running.client.shared.info.format,
+        let reply = std::task::ready!(this.state.poll_reply(CallKind::Single, cx));
+        let format = match &this.state {
+            CallState::Running(running) => running.client.shared.info.format,
             _ => Format::Json,
         };
         // Dropping what runs frees the slot and cancels the rest of a stream.
-        this.running = None;
+        this.state = CallState::Ended;
         Poll::Ready(match reply {
             Some(Ok(payload)) => decode(&payload),
             Some(Err(error)) => Err(error),
@@ -631,14 +650,15 @@ impl<T> Unpin for Call<T> {}
 /// disturbed.
 #[must_use = "nothing is sent until it is polled"]
 pub struct ReplyStream<T> {
-    prepared: Option<Prepared>,
-    running: Option<Started>,
+    state: CallState,
     reply: PhantomData<fn() -> T>,
 }
 
 impl<T> fmt::Debug for ReplyStream<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ReplyStream").field("started", &self.running.is_some()).finish()
+        f.debug_struct("ReplyStream")
+            .field("started", &!matches!(self.state, CallState::Prepared(_)))
+            .finish()
     }
 }
 
@@ -649,14 +669,14 @@ impl<T: DeserializeOwned> Stream for ReplyStream<T> {
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
-        match std::task::ready!(poll_started(&mut this.prepared, &mut this.running, CallKind::Stream, cx)) {
+        match std::task::ready!(this.state.poll_reply(CallKind::Stream, cx)) {
             Some(Ok(payload)) => Poll::Ready(Some(decode(&payload))),
             Some(Err(error)) => {
-                this.running = None;
+                this.state = CallState::Ended;
                 Poll::Ready(Some(Err(error)))
             }
             None => {
-                this.running = None;
+                this.state = CallState::Ended;
                 Poll::Ready(None)
             }
         }
@@ -680,7 +700,7 @@ impl<T: DeserializeOwned> ReplyStream<T> {
 
 /// An event on its way. It goes out even when this is dropped.
 pub struct Emit {
-    state: Started,
+    state: Result<Running, Option<CallError>>,
 }
 
 impl fmt::Debug for Emit {
@@ -696,8 +716,8 @@ impl Future for Emit {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Self::Output> {
         let reply = match &mut self.state {
-            Started::Running(running) => std::task::ready!(running.poll_reply(cx)),
-            Started::Failed(error) => error.take().map(Err),
+            Ok(running) => std::task::ready!(running.poll_reply(cx)),
+            Err(error) => error.take().map(Err),
         };
         Poll::Ready(match reply {
             Some(Err(error)) => Err(error),
@@ -841,7 +861,7 @@ impl Handler<SendMessage> for ClientActor {
             if message.timeout.is_some() {
                 prepared.timeout = message.timeout;
             }
-            let mut running = prepared.try_start(CallKind::Single)?;
+            let mut running = prepared.start(CallKind::Single, None)?;
             match std::future::poll_fn(|cx| running.poll_reply(cx)).await {
                 Some(reply) => reply,
                 None => Ok(Payload::null(proxy.shared.info.format)),

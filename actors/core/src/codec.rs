@@ -53,6 +53,20 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     /// [`CodecError::Encode`] if a payload of another format cannot be rewritten in this one.
     fn encode_request(&self, packet: &OutgoingPacket<'_>, out: &mut BytesMut) -> Result<(), CodecError>;
 
+    /// As [`Codec::encode_request`], with an id of ours instead of that of the packet.
+    ///
+    /// # Errors
+    ///
+    /// As [`Codec::encode_request`].
+    fn encode_call(
+        &self,
+        packet: &OutgoingPacket<'_>,
+        id: &PacketId,
+        out: &mut BytesMut,
+    ) -> Result<(), CodecError> {
+        self.encode_request(&OutgoingPacket { id: Some(id.as_str()), ..*packet }, out)
+    }
+
     /// Reads a reply, by the rules of NestJS 12, which also read what NestJS 11 servers send:
     ///
     /// 1. what is not an object, or is an empty one, is foreign: delivered whole as the only value;
@@ -189,7 +203,7 @@ fn usual_response(frame: &[u8]) -> Option<(json::Span, json::Span)> {
     let value = HEAD.len()..id.start.checked_sub(MIDDLE.len())?;
     let usual = frame.starts_with(HEAD)
         && frame.get(value.end..id.start)? == MIDDLE
-        && PacketId::parts(text).is_some()
+        && json::is_plain(text)
         && json::is_value(frame, &value);
     usual.then_some((value, id))
 }
@@ -222,6 +236,31 @@ fn put_json(out: &mut BytesMut, payload: &Payload) -> Result<(), CodecError> {
     Ok(())
 }
 
+/// All of a request but its id and its end.
+#[inline]
+fn put_request(packet: &OutgoingPacket<'_>, out: &mut BytesMut) -> Result<(), CodecError> {
+    out.reserve(128 + packet.data.map_or(0, |data| data.bytes().len()));
+    out.put_slice(b"{\"pattern\":");
+    match packet.pattern {
+        PatternText::Given(pattern) => out.put_slice(pattern.text().as_bytes()),
+        PatternText::Route(route) => json::write_string(out, route.as_ref()),
+    }
+    if let Some(data) = packet.data {
+        out.put_slice(b",\"data\":");
+        put_json(out, data)?;
+    }
+    if let Some(metadata) = packet.metadata {
+        out.put_slice(b",\"metadata\":");
+        match metadata.json_text() {
+            Some(text) => out.put_slice(text.as_bytes()),
+            None => {
+                json::write(out, metadata).map_err(|source| EncodeError::new(Format::Json, source))?;
+            }
+        }
+    }
+    Ok(())
+}
+
 impl Codec for JsonCodec {
     fn name(&self) -> &'static str {
         "json"
@@ -248,30 +287,26 @@ impl Codec for JsonCodec {
     }
 
     fn encode_request(&self, packet: &OutgoingPacket<'_>, out: &mut BytesMut) -> Result<(), CodecError> {
-        out.reserve(64 + packet.data.map_or(0, |data| data.bytes().len()));
-        out.put_slice(b"{\"pattern\":");
-        match packet.pattern {
-            PatternText::Given(pattern) => out.put_slice(pattern.text().as_bytes()),
-            PatternText::Route(route) => json::write_string(out, route.as_ref()),
-        }
-        if let Some(data) = packet.data {
-            out.put_slice(b",\"data\":");
-            put_json(out, data)?;
-        }
-        if let Some(metadata) = packet.metadata {
-            out.put_slice(b",\"metadata\":");
-            match metadata.json_text() {
-                Some(text) => out.put_slice(text.as_bytes()),
-                None => {
-                    json::write(out, metadata).map_err(|source| EncodeError::new(Format::Json, source))?;
-                }
-            }
-        }
+        put_request(packet, out)?;
         if let Some(id) = packet.id {
             out.put_slice(b",\"id\":");
             json::write_string(out, id);
         }
         out.put_u8(b'}');
+        Ok(())
+    }
+
+    fn encode_call(
+        &self,
+        packet: &OutgoingPacket<'_>,
+        id: &PacketId,
+        out: &mut BytesMut,
+    ) -> Result<(), CodecError> {
+        put_request(packet, out)?;
+        // Nothing in it needs an escape.
+        let mut end = *b",\"id\":\"---------------------\"}";
+        end[7..7 + PacketId::LEN].copy_from_slice(id.as_bytes());
+        out.put_slice(&end);
         Ok(())
     }
 

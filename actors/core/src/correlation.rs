@@ -2,8 +2,13 @@
 //! The correlation map of a client: every call that has not ended, and how it ends.
 //!
 //! The map is owned by the client actor and lent to its session task and to the callers' futures; a short
-//! lock is all they share. An id of ours names its slot, so that a reply is found without hashing. One
-//! timer queue serves all deadlines. When the session dies, everyone waiting hears why, at once.
+//! lock is all they share: two per call, for its start and its reply, and two per turn of the session, which takes
+//! what is queued and brings what has arrived in batches. An id of ours names its slot, so that a reply is found
+//! without hashing. One timer queue serves all deadlines. When the session dies, everyone waiting hears why, at
+//! once.
+//!
+//! A call's time runs from when the session takes it, in the turn after the call was made, because that is one look
+//! at the clock for many calls. Where no session is there to take it, or none that has room, it runs at once.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -12,18 +17,21 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use slab::Slab;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::error::{CallError, RemoteError, SessionError, SharedError};
 use crate::packet::{Raw, ResponseBody, ResponsePacket};
-use crate::pattern::Route;
+use crate::pattern::{Pattern, Route};
 use crate::payload::Payload;
 use crate::responder::SlotKey;
 use crate::session::SessionControl;
-use crate::transport::{Outbound, OutboundMessage, PacketId};
+use crate::transport::{OutboundMessage, PacketId};
+
+/// How many queued calls the session takes at once.
+const BATCH: usize = 256;
 
 /// What the correlation map needs to know.
 #[derive(Debug, Clone, Copy)]
@@ -35,10 +43,12 @@ pub(crate) struct CorrelationLimits {
 
 /// A call as its future hands it over.
 pub(crate) struct NewCall {
-    pub(crate) message: Box<OutboundMessage>,
+    pub(crate) message: OutboundMessage,
     pub(crate) kind: CallKind,
     pub(crate) timeout: Option<Duration>,
     pub(crate) idempotent: bool,
+    /// Who waits for the reply, if known already.
+    pub(crate) waker: Option<Waker>,
 }
 
 /// What a caller waits for.
@@ -55,13 +65,15 @@ pub(crate) enum CallKind {
 struct Entry {
     generation: u32,
     kind: CallKind,
-    route: Route,
-    /// Present until written; kept after that only for calls that may be sent again.
-    message: Option<Box<OutboundMessage>>,
+    /// Its place in [`State::patterns`].
+    pattern: u32,
+    /// Kept once written, of calls that may be sent again.
+    again: Option<Box<OutboundMessage>>,
     sent: bool,
     idempotent: bool,
     attempts: u32,
     timeout: Option<Duration>,
+    /// None without a timeout, and until the session has taken the call.
     deadline: Option<Instant>,
     replies: Replies,
     ended: Option<Result<(), CallError>>,
@@ -74,7 +86,7 @@ struct Entry {
 #[derive(Default)]
 struct Replies {
     first: Option<Payload>,
-    more: VecDeque<Payload>,
+    more: Option<Box<VecDeque<Payload>>>,
 }
 
 impl Replies {
@@ -82,31 +94,143 @@ impl Replies {
         if self.first.is_none() {
             self.first = Some(reply);
         } else {
-            self.more.push_back(reply);
+            self.more.get_or_insert_default().push_back(reply);
         }
     }
 
     fn pop_front(&mut self) -> Option<Payload> {
         let first = self.first.take();
-        if first.is_some() {
-            self.first = self.more.pop_front();
+        if let Some(more) = &mut self.more {
+            self.first = more.pop_front();
         }
         first
     }
 
     fn len(&self) -> usize {
-        usize::from(self.first.is_some()) + self.more.len()
+        usize::from(self.first.is_some()) + self.more.as_ref().map_or(0, |more| more.len())
+    }
+}
+
+/// A call that waits to be written.
+pub(crate) struct Queued {
+    pub(crate) key: SlotKey,
+    pub(crate) kind: CallKind,
+    /// Whether anyone still waits for it, when it was taken.
+    pub(crate) live: bool,
+    pub(crate) message: OutboundMessage,
+}
+
+/// What a session has taken to write.
+#[derive(Default)]
+pub(crate) struct Outgoing {
+    pub(crate) cancels: VecDeque<(PacketId, Route)>,
+    pub(crate) calls: VecDeque<Queued>,
+    /// Events that the transporter has taken.
+    pub(crate) written: Vec<SlotKey>,
+}
+
+/// Deadlines, in the order they pass. Those of calls with one timeout come in that order; others are sorted in.
+#[derive(Default)]
+struct Deadlines {
+    queue: VecDeque<Mark>,
+    others: BinaryHeap<Reverse<Mark>>,
+}
+
+/// When, and the index and the generation of the call.
+type Mark = (Instant, u32, u32);
+
+impl Deadlines {
+    fn len(&self) -> usize {
+        self.queue.len() + self.others.len()
+    }
+
+    fn push(&mut self, mark: Mark) {
+        if self.queue.back().is_none_or(|last| last.0 <= mark.0) {
+            self.queue.push_back(mark);
+        } else {
+            self.others.push(Reverse(mark));
+        }
+    }
+
+    fn peek(&self) -> Option<Mark> {
+        match (self.queue.front(), self.others.peek()) {
+            (Some(queued), Some(Reverse(other))) => Some(*queued.min(other)),
+            (Some(mark), None) | (None, Some(Reverse(mark))) => Some(*mark),
+            (None, None) => None,
+        }
+    }
+
+    fn pop(&mut self) {
+        match (self.queue.front(), self.others.peek()) {
+            (Some(queued), Some(Reverse(other))) if other < queued => drop(self.others.pop()),
+            (Some(_), _) => drop(self.queue.pop_front()),
+            (None, _) => drop(self.others.pop()),
+        }
+    }
+
+    fn retain(&mut self, keep: impl Fn(&Mark) -> bool) {
+        self.queue.retain(&keep);
+        self.others.retain(|Reverse(mark)| keep(mark));
+    }
+}
+
+/// The patterns of the calls, each once for all calls in a row that share it.
+#[derive(Default)]
+struct Patterns {
+    kept: Slab<(Pattern, u32)>,
+    last: Option<u32>,
+}
+
+impl Patterns {
+    fn keep(&mut self, pattern: &Pattern) -> u32 {
+        if let Some(last) = self.last
+            && let Some((known, calls)) = self.kept.get_mut(last as usize)
+            && known.is_same(pattern)
+        {
+            *calls += 1;
+            return last;
+        }
+        let place = self.kept.insert((pattern.clone(), 1)) as u32;
+        if let Some(before) = self.last.replace(place) {
+            self.drop_unused(before);
+        }
+        place
+    }
+
+    fn release(&mut self, place: u32) {
+        if let Some((_, calls)) = self.kept.get_mut(place as usize) {
+            *calls -= 1;
+            self.drop_unused(place);
+        }
+    }
+
+    /// The last one may well be that of the next call.
+    fn drop_unused(&mut self, place: u32) {
+        if self.last != Some(place) && self.kept.get(place as usize).is_some_and(|(_, calls)| *calls == 0) {
+            self.kept.remove(place as usize);
+        }
+    }
+
+    fn route(&self, place: u32) -> Option<&Route> {
+        self.kept.get(place as usize).map(|(pattern, _)| pattern.route())
     }
 }
 
 #[derive(Default)]
 struct State {
     calls: Slab<Entry>,
-    queue: VecDeque<SlotKey>,
+    patterns: Patterns,
+    queue: VecDeque<Queued>,
     cancels: VecDeque<(PacketId, Route)>,
     generation: u32,
-    deadlines: BinaryHeap<Reverse<(Instant, u32, u32)>>,
+    deadlines: Deadlines,
+    /// What the timer waits for; `None` when it waits to be told.
+    timer_at: Option<Instant>,
     session: Option<Arc<SessionControl>>,
+    /// The session has no room: what is queued will wait.
+    stalled: bool,
+    /// Callers to be woken when the lock is released.
+    woken: Vec<Waker>,
     unended: usize,
     closed: bool,
     late: u64,
@@ -140,6 +264,11 @@ impl ClientCore {
         }
     }
 
+    /// Releases the lock before it wakes callers, who take it first thing.
+    fn lock(&self) -> Locked<'_> {
+        Locked { state: self.state.lock(), wake: Woken::default() }
+    }
+
     // === the caller's side ===
 
     /// Takes a call in, and says whether there is a session for it.
@@ -153,27 +282,29 @@ impl ClientCore {
         }
         state.generation = state.generation.wrapping_add(1);
         let generation = state.generation;
-        let deadline = call.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        let route = call.message.pattern.route().clone();
+        let pattern = state.patterns.keep(&call.message.pattern);
         let index = state.calls.insert(Entry {
             generation,
             kind: call.kind,
-            route,
-            message: Some(call.message),
+            pattern,
+            again: None,
             sent: false,
             idempotent: call.idempotent,
             attempts: 0,
             timeout: call.timeout,
-            deadline,
+            deadline: None,
             replies: Replies::default(),
             ended: None,
             detached: false,
-            waker: None,
+            waker: call.waker,
         }) as u32;
         let key = SlotKey { index, generation };
         state.unended += 1;
-        state.queue.push_back(key);
-        let first = deadline.is_some_and(|deadline| state.watch(deadline, key));
+        state.enqueue(Queued { key, kind: call.kind, live: true, message: call.message });
+        let mut first = false;
+        if state.session.is_none() || state.stalled {
+            first = state.set_deadline(key, Instant::now());
+        }
         match &state.session {
             // More than one waiting: the session has been woken already.
             Some(session) if state.queue.len() == 1 => session.wake(),
@@ -220,36 +351,28 @@ impl ClientCore {
 
     /// The caller has lost interest: frees the slot, and tells the peer if the call is under way.
     pub(crate) fn forget(&self, key: SlotKey) {
-        let mut state = self.state.lock();
+        let mut state = self.lock();
         let Some(entry) = state.entry(key) else { return };
         if entry.kind == CallKind::Event && entry.ended.is_none() {
             entry.detached = true;
             return;
         }
         let under_way = entry.sent && entry.ended.is_none() && entry.kind != CallKind::Event;
-        let route = entry.route.clone();
+        if under_way {
+            state.tell_cancelled(key, self.id(key));
+        }
         state.end(key, Err(CallError::Cancelled));
         state.remove(key);
-        if under_way && state.session.is_some() {
-            let id = self.id(key);
-            state.cancels.push_back((id, route));
-            if let Some(session) = &state.session {
-                session.wake();
-            }
-        }
     }
 
     /// Ends a call from the caller's side with an outcome it will read.
     pub(crate) fn cancel(&self, key: SlotKey) {
-        let mut state = self.state.lock();
+        let mut state = self.lock();
         let Some(entry) = state.entry(key) else { return };
-        let under_way = entry.sent && entry.ended.is_none();
-        let route = entry.route.clone();
-        state.end(key, Err(CallError::Cancelled));
-        if under_way && let Some(session) = state.session.clone() {
-            state.cancels.push_back((self.id(key), route));
-            session.wake();
+        if entry.sent && entry.ended.is_none() {
+            state.tell_cancelled(key, self.id(key));
         }
+        state.end(key, Err(CallError::Cancelled));
     }
 
     /// Calls that have not ended.
@@ -286,58 +409,137 @@ impl ClientCore {
 
     // === the session's side ===
 
-    /// The next thing to write: cancellations, then queued calls.
-    pub(crate) fn next_outbound<R>(&self) -> Option<(SlotKey, Outbound<R>)> {
+    /// Takes the next things to write; `false` when there is nothing. `out` must be empty.
+    pub(crate) fn take_outbound(&self, out: &mut Outgoing) -> bool {
         let mut state = self.state.lock();
-        if let Some((id, route)) = state.cancels.pop_front() {
-            let nobody = SlotKey { index: u32::MAX, generation: 0 };
-            return Some((nobody, Outbound::Cancel { id, route }));
+        state.stalled = false;
+        std::mem::swap(&mut state.cancels, &mut out.cancels);
+        if state.queue.len() <= BATCH {
+            std::mem::swap(&mut state.queue, &mut out.calls);
+        } else {
+            out.calls.extend(state.queue.drain(..BATCH));
         }
-        loop {
-            let key = state.queue.pop_front()?;
-            let id = self.id(key);
-            let Some(entry) = state.entry(key).filter(|entry| entry.ended.is_none()) else { continue };
-            let message = if entry.idempotent { entry.message.clone() } else { entry.message.take() };
-            let Some(mut message) = message else { continue };
+        let mut now = None;
+        let mut first = false;
+        for queued in &mut out.calls {
+            let key = queued.key;
+            let Some(entry) = state.entry(key).filter(|entry| entry.ended.is_none()) else {
+                queued.live = false;
+                continue;
+            };
             if entry.kind == CallKind::Event {
-                return Some((key, Outbound::Event(*message)));
+                continue;
             }
-            message.id = Some(id);
             entry.sent = true;
             entry.attempts += 1;
-            return Some((key, Outbound::Request(*message)));
+            if entry.idempotent && entry.again.is_none() {
+                entry.again = Some(Box::new(queued.message.clone()));
+            }
+            queued.message.id = Some(self.id(key));
+            if entry.deadline.is_none() && entry.timeout.is_some() {
+                first |= state.set_deadline(key, *now.get_or_insert_with(Instant::now));
+            }
+        }
+        drop(state);
+        if first {
+            self.timer.notify_one();
+        }
+        !out.calls.is_empty() || !out.cancels.is_empty()
+    }
+
+    /// The session has no room for what is queued.
+    pub(crate) fn stall(&self) {
+        let mut state = self.state.lock();
+        if !std::mem::replace(&mut state.stalled, true) && state.set_deadlines() {
+            drop(state);
+            self.timer.notify_one();
         }
     }
 
-    /// The transporter took it.
-    pub(crate) fn written(&self, key: SlotKey) {
+    /// The session had no room for these: they are queued again, before all others.
+    pub(crate) fn put_back(&self, calls: &mut VecDeque<Queued>) {
         let mut state = self.state.lock();
-        if state.entry(key).is_some_and(|entry| entry.kind == CallKind::Event) {
+        for queued in calls.drain(..).rev() {
+            if let Some(entry) = state.entry(queued.key)
+                && queued.live
+                && entry.kind != CallKind::Event
+            {
+                entry.sent = false;
+                entry.attempts -= 1;
+            }
+            state.queue.push_front(queued);
+        }
+    }
+
+    /// The transporter took these events.
+    pub(crate) fn written(&self, events: &mut Vec<SlotKey>) {
+        if events.is_empty() {
+            return;
+        }
+        let mut state = self.lock();
+        for key in events.drain(..) {
             state.end(key, Ok(()));
         }
     }
 
-    /// The transporter cannot put it in wire form.
-    pub(crate) fn refused(&self, key: SlotKey, reason: SharedError) {
-        self.state.lock().end(key, Err(CallError::Encode(reason)));
+    /// What names an event to the transporter, until it has been confirmed.
+    pub(crate) fn receipt(&self, key: SlotKey) -> PacketId {
+        self.id(key)
     }
 
-    /// A reply arrived.
-    pub(crate) fn on_response(&self, packet: ResponsePacket) {
+    /// The transporter took an event and will say what the broker made of it.
+    pub(crate) fn confirming(&self, key: SlotKey) {
+        if let Some(entry) = self.state.lock().entry(key) {
+            entry.sent = true;
+        }
+    }
+
+    /// What the broker made of an event.
+    pub(crate) fn confirmed(&self, receipt: PacketId, refused: Option<String>) {
+        let Some(key) = self.key_of(receipt) else { return };
+        let outcome = match refused {
+            None => Ok(()),
+            Some(reason) => Err(CallError::NotSent { cause: SessionError::refused(reason) }),
+        };
+        self.lock().end(key, outcome);
+    }
+
+    /// The transporter cannot put it in wire form.
+    pub(crate) fn refused(&self, key: SlotKey, reason: SharedError) {
+        self.lock().end(key, Err(CallError::Encode(reason)));
+    }
+
+    /// The session ended over this one.
+    pub(crate) fn lost(&self, key: SlotKey, cause: &SessionError) {
+        self.lock().end(key, Err(CallError::Lost { cause: cause.clone() }));
+    }
+
+    /// Replies arrived.
+    pub(crate) fn on_responses(&self, packets: &mut Vec<ResponsePacket>) {
+        if packets.is_empty() {
+            return;
+        }
+        let mut state = self.lock();
+        state.woken.reserve(packets.len());
+        for packet in packets.drain(..) {
+            self.on_response(&mut state, packet);
+        }
+    }
+
+    fn on_response(&self, state: &mut State, packet: ResponsePacket) {
         let key = packet.id.as_ref().and_then(|raw| self.key_of_text(id_text(raw)));
-        let mut state = self.state.lock();
-        let state = &mut *state;
-        let live = key.filter(|key| {
-            state.entry(*key).is_some_and(|entry| entry.ended.is_none() && entry.kind != CallKind::Event)
+        let live = key.and_then(|key| {
+            let entry = state.entry(key)?;
+            (entry.ended.is_none() && entry.kind != CallKind::Event).then_some((key, entry))
         });
-        let Some(key) = live else {
+        let Some((key, entry)) = live else {
             state.late += 1;
             return;
         };
         match packet.body {
             ResponseBody::Item(payload) => self.on_item(state, key, payload),
             ResponseBody::Last(payload) => {
-                if let (Some(payload), Some(entry)) = (payload, state.entry(key)) {
+                if let Some(payload) = payload {
                     entry.replies.push_back(payload);
                 }
                 state.end(key, Ok(()));
@@ -354,37 +556,25 @@ impl ClientCore {
         let Some(entry) = state.entry(key) else { return };
         if entry.replies.len() >= limit {
             // The caller does not read; holding the line for everyone else on it would be worse.
-            let route = entry.route.clone();
+            state.tell_cancelled(key, self.id(key));
             state.end(key, Err(CallError::Overloaded { bound: "max_buffered_replies", limit }));
-            state.cancels.push_back((self.id(key), route));
-            if let Some(session) = &state.session {
-                session.wake();
-            }
             return;
         }
         entry.replies.push_back(payload);
         let waker = entry.waker.take();
-        let deadline = match (entry.kind, entry.timeout) {
-            (CallKind::Stream, Some(timeout)) => Instant::now().checked_add(timeout),
-            _ => entry.deadline,
-        };
-        if deadline != entry.deadline {
-            entry.deadline = deadline;
-            if let Some(deadline) = deadline {
-                // Later than what the timer waits for, or the timer has nothing to wait for.
-                if state.watch(deadline, key) {
-                    self.timer.notify_one();
-                }
-            }
+        // Each reply of a stream begins its time anew; what the timer waits for is earlier, mostly.
+        if entry.kind == CallKind::Stream
+            && entry.timeout.is_some()
+            && state.set_deadline(key, Instant::now())
+        {
+            self.timer.notify_one();
         }
-        if let Some(waker) = waker {
-            waker.wake();
-        }
+        state.woken.extend(waker);
     }
 
     /// A broker says that a request reached nobody.
     pub(crate) fn on_unreachable(&self, id: PacketId) {
-        let mut state = self.state.lock();
+        let mut state = self.lock();
         if let Some(key) = self.key_of(id) {
             state.end_no_handler(key);
         }
@@ -394,38 +584,45 @@ impl ClientCore {
 
     /// A session is up: queued calls go to it.
     pub(crate) fn session_started(&self, control: &Arc<SessionControl>) {
-        self.state.lock().session = Some(Arc::clone(control));
+        let mut state = self.state.lock();
+        state.session = Some(Arc::clone(control));
+        state.stalled = false;
+        drop(state);
         control.wake();
     }
 
     /// The session is over: calls under way may have run and end, those declared idempotent are queued
     /// again, those not yet written stay queued.
     pub(crate) fn session_ended(&self, cause: &SessionError) {
-        let mut state = self.state.lock();
+        let mut state = self.lock();
         if state.session.take().is_none() {
             return;
         }
         state.cancels.clear();
         let sent: Vec<_> = state
             .calls
-            .iter()
+            .iter_mut()
             .filter(|(_, entry)| entry.sent && entry.ended.is_none())
             .map(|(index, entry)| {
-                let again = entry.idempotent
-                    && entry.attempts <= self.limits.resend_attempts
-                    && entry.replies.len() == 0;
-                (SlotKey { index: index as u32, generation: entry.generation }, again)
+                let again = entry
+                    .again
+                    .clone()
+                    .filter(|_| entry.attempts <= self.limits.resend_attempts && entry.replies.len() == 0);
+                (SlotKey { index: index as u32, generation: entry.generation }, entry.kind, again)
             })
             .collect();
-        for (key, again) in sent {
-            if again {
+        for (key, kind, again) in sent {
+            if let Some(message) = again {
                 if let Some(entry) = state.entry(key) {
                     entry.sent = false;
                 }
-                state.queue.push_back(key);
+                state.enqueue(Queued { key, kind, live: true, message: *message });
             } else {
                 state.end(key, Err(CallError::Lost { cause: cause.clone() }));
             }
+        }
+        if state.set_deadlines() {
+            self.timer.notify_one();
         }
         if !state.queue.is_empty() {
             self.demand.notify_one();
@@ -434,9 +631,9 @@ impl ClientCore {
 
     /// There is no connection and none is coming: everything queued ends unsent.
     pub(crate) fn fail_queued(&self, cause: &SessionError) {
-        let mut state = self.state.lock();
-        while let Some(key) = state.queue.pop_front() {
-            state.end(key, Err(CallError::NotSent { cause: cause.clone() }));
+        let mut state = self.lock();
+        while let Some(queued) = state.queue.pop_front() {
+            state.end(queued.key, Err(CallError::NotSent { cause: cause.clone() }));
         }
     }
 
@@ -444,7 +641,7 @@ impl ClientCore {
     pub(crate) fn has_demand(&self) -> bool {
         let mut state = self.state.lock();
         // Calls that ended while they waited leave their keys behind.
-        while let Some(key) = state.queue.front().copied() {
+        while let Some(key) = state.queue.front().map(|queued| queued.key) {
             if state.entry(key).is_some_and(|entry| entry.ended.is_none()) {
                 return true;
             }
@@ -470,7 +667,7 @@ impl ClientCore {
 
     /// Ends everything that has not ended.
     pub(crate) fn end_all(&self, outcome: &CallError) {
-        let mut state = self.state.lock();
+        let mut state = self.lock();
         let open: Vec<_> = state
             .calls
             .iter()
@@ -479,11 +676,8 @@ impl ClientCore {
             .collect();
         for key in open {
             // The session says it before it closes: handlers behind a broker would not learn it otherwise.
-            let under_way = state.entry(key).filter(|entry| entry.sent && entry.kind != CallKind::Event);
-            if let Some(route) = under_way.map(|entry| entry.route.clone())
-                && state.session.is_some()
-            {
-                state.cancels.push_back((self.id(key), route));
+            if state.entry(key).is_some_and(|entry| entry.sent && entry.kind != CallKind::Event) {
+                state.tell_cancelled(key, self.id(key));
             }
             state.end(key, Err(outcome.clone()));
         }
@@ -511,8 +705,9 @@ impl ClientCore {
 
     /// Ends what is due and says when to look again.
     fn expire(&self, now: Instant) -> Option<Instant> {
-        let mut state = self.state.lock();
-        while let Some(Reverse((at, index, generation))) = state.deadlines.peek().copied() {
+        let mut state = self.lock();
+        state.timer_at = None;
+        while let Some((at, index, generation)) = state.deadlines.peek() {
             let key = SlotKey { index, generation };
             let current =
                 state.entry(key).filter(|entry| entry.ended.is_none()).and_then(|entry| entry.deadline);
@@ -522,18 +717,16 @@ impl ClientCore {
                 continue;
             }
             if at > now {
+                state.timer_at = Some(at);
                 return Some(at);
             }
             state.deadlines.pop();
             let Some(entry) = state.entry(key) else { continue };
             let after = entry.timeout.unwrap_or_default();
-            let under_way = entry.sent && entry.kind != CallKind::Event;
-            let route = entry.route.clone();
-            state.end(key, Err(CallError::Timeout { after }));
-            if under_way && let Some(session) = state.session.clone() {
-                state.cancels.push_back((self.id(key), route));
-                session.wake();
+            if entry.sent && entry.kind != CallKind::Event {
+                state.tell_cancelled(key, self.id(key));
             }
+            state.end(key, Err(CallError::Timeout { after }));
         }
         None
     }
@@ -557,16 +750,14 @@ impl State {
     fn end(&mut self, key: SlotKey, outcome: Result<(), CallError>) {
         let Some(entry) = self.entry(key).filter(|entry| entry.ended.is_none()) else { return };
         entry.ended = Some(outcome);
-        entry.message = None;
+        entry.again = None;
         let waker = entry.waker.take();
         let detached = entry.detached;
         self.unended -= 1;
         if detached {
             self.remove(key);
         }
-        if let Some(waker) = waker {
-            waker.wake();
-        }
+        self.woken.extend(waker);
         if self.unended == 0
             && let Some(session) = self.session.as_ref().filter(|session| session.is_draining())
         {
@@ -575,37 +766,111 @@ impl State {
         }
     }
 
+    /// Lets the session tell the peer that nobody waits for this call any more.
+    fn tell_cancelled(&mut self, key: SlotKey, id: PacketId) {
+        let Some(place) = self.entry(key).map(|entry| entry.pattern) else { return };
+        if let (Some(session), Some(route)) = (&self.session, self.patterns.route(place)) {
+            self.cancels.push_back((id, route.clone()));
+            session.wake();
+        }
+    }
+
     fn end_no_handler(&mut self, key: SlotKey) {
-        let Some(entry) = self.entry(key) else { return };
-        let pattern = entry.route.to_string();
+        let Some(place) = self.entry(key).map(|entry| entry.pattern) else { return };
+        let pattern = self.patterns.route(place).map(Route::to_string).unwrap_or_default();
         self.end(key, Err(CallError::NoHandler { pattern }));
     }
 
     fn remove(&mut self, key: SlotKey) {
-        if self.entry(key).is_some() {
+        if let Some(pattern) = self.entry(key).map(|entry| entry.pattern) {
             self.calls.remove(key.index as usize);
+            self.patterns.release(pattern);
         }
     }
 
-    /// Marks a deadline; `true` when it is the earliest.
-    fn watch(&mut self, deadline: Instant, key: SlotKey) -> bool {
+    /// Queues a call.
+    fn enqueue(&mut self, queued: Queued) {
+        // Calls that ended while they waited leave their messages behind; swept when most are such.
+        if self.queue.len() > 2 * self.unended + BATCH {
+            let calls = &self.calls;
+            self.queue.retain(|queued| {
+                calls
+                    .get(queued.key.index as usize)
+                    .is_some_and(|entry| entry.generation == queued.key.generation && entry.ended.is_none())
+            });
+        }
+        self.queue.push_back(queued);
+    }
+
+    /// Lets a call's time begin; `true` when the timer must be told.
+    fn set_deadline(&mut self, key: SlotKey, now: Instant) -> bool {
+        let Some(entry) = self.entry(key) else { return false };
+        entry.deadline = entry.timeout.and_then(|timeout| now.checked_add(timeout));
+        let Some(deadline) = entry.deadline else { return false };
         // Ended calls leave their marks behind; swept when most are such.
         if self.deadlines.len() > 2 * self.calls.len() + 1024 {
-            let marks = std::mem::take(&mut self.deadlines).into_vec();
             let calls = &self.calls;
-            self.deadlines = marks
-                .into_iter()
-                .filter(|Reverse((at, index, generation))| {
-                    calls.get(*index as usize).is_some_and(|entry| {
-                        entry.generation == *generation
-                            && entry.deadline == Some(*at)
-                            && entry.ended.is_none()
-                    })
+            self.deadlines.retain(|(at, index, generation)| {
+                calls.get(*index as usize).is_some_and(|entry| {
+                    entry.generation == *generation && entry.deadline == Some(*at) && entry.ended.is_none()
                 })
-                .collect();
+            });
         }
-        let first = self.deadlines.peek().is_none_or(|Reverse((at, ..))| deadline < *at);
-        self.deadlines.push(Reverse((deadline, key.index, key.generation)));
+        self.deadlines.push((deadline, key.index, key.generation));
+        let first = self.timer_at.is_none_or(|at| deadline < at);
+        if first {
+            self.timer_at = Some(deadline);
+        }
         first
+    }
+
+    /// Lets the time of every queued call begin that has not begun; `true` when the timer must be told.
+    fn set_deadlines(&mut self) -> bool {
+        let now = Instant::now();
+        let mut first = false;
+        for place in 0..self.queue.len() {
+            let key = self.queue[place].key;
+            if self.entry(key).is_some_and(|entry| entry.deadline.is_none() && entry.ended.is_none()) {
+                first |= self.set_deadline(key, now);
+            }
+        }
+        first
+    }
+}
+
+/// The state, locked. Whoever has to be woken is woken after the lock is released.
+struct Locked<'a> {
+    // Dropped in this order.
+    state: MutexGuard<'a, State>,
+    wake: Woken,
+}
+
+/// Wakes when it is dropped.
+#[derive(Default)]
+struct Woken(Vec<Waker>);
+
+impl Drop for Woken {
+    fn drop(&mut self) {
+        self.0.drain(..).for_each(Waker::wake);
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.wake.0 = std::mem::take(&mut self.state.woken);
+    }
+}
+
+impl std::ops::Deref for Locked<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl std::ops::DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
     }
 }

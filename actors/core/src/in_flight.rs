@@ -125,7 +125,8 @@ impl<R> Slot<R> {
     /// How its delivery ended.
     fn settlement(&self) -> Settlement {
         match (self.failed, self.on_failure) {
-            (false, _) => Settlement::Done,
+            (false, None) => Settlement::Finished,
+            (false, Some(_)) => Settlement::Done,
             (true, None) => Settlement::Failed,
             // Its caller has been answered.
             (true, Some(LastResort::Requeue)) if self.kind == MessageKind::Request => Settlement::Done,

@@ -60,7 +60,8 @@ pub fn to_vec<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, serde_json::E
 const SCRATCH_BYTES: usize = 4096;
 
 thread_local! {
-    static SCRATCH: Cell<BytesMut> = Cell::new(BytesMut::new());
+    /// Where a value is written, and what the bytes of small ones are cut from.
+    static SCRATCH: Cell<(Vec<u8>, Option<BytesMut>)> = const { Cell::new((Vec::new(), None)) };
 }
 
 /// Serializes `value` to bytes, spelled as JavaScript would. Small values of one thread share allocations of
@@ -71,14 +72,22 @@ thread_local! {
 /// As [`to_vec`].
 pub fn to_bytes<T: Serialize + ?Sized>(value: &T) -> Result<Bytes, serde_json::Error> {
     // Taken, not borrowed: serializing runs foreign code, which may come back here.
-    let mut out = SCRATCH.take();
-    if out.capacity() < 128 {
-        out = BytesMut::with_capacity(SCRATCH_BYTES);
-    }
-    let written = write(&mut out, value);
-    let bytes = out.split().freeze();
+    let (mut out, mut pool) = SCRATCH.take();
+    let written = value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, JsFormatter));
+    let bytes = match out.len() {
+        len if len > SCRATCH_BYTES / 16 => Bytes::copy_from_slice(&out),
+        len => {
+            let room = pool.take().filter(|pool| pool.capacity() >= len);
+            let mut room = room.unwrap_or_else(|| BytesMut::with_capacity(SCRATCH_BYTES));
+            room.put_slice(&out);
+            let bytes = room.split().freeze();
+            pool = Some(room);
+            bytes
+        }
+    };
+    out.clear();
     if out.capacity() <= SCRATCH_BYTES {
-        SCRATCH.set(out);
+        SCRATCH.set((out, pool));
     }
     written.map(|()| bytes)
 }
@@ -237,6 +246,12 @@ fn check_utf8(text: &[u8]) -> Result<(), SyntaxError> {
         return Err(SyntaxError { kind: SyntaxErrorKind::Utf8, offset: error.valid_up_to() });
     }
     Ok(())
+}
+
+/// Whether `text` can stand in a JSON string as it is; some that can are refused.
+#[inline]
+pub(crate) fn is_plain(text: &[u8]) -> bool {
+    plain_end(text, 0) == text.len() && is_ascii(text)
 }
 
 /// Whether the bytes of `text` at `span` are exactly one value, without white space around it.

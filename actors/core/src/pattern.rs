@@ -91,6 +91,11 @@ impl Pattern {
         Pattern::from(text)
     }
 
+    /// Whether the other one is a clone of this one; equal ones may not be.
+    pub(crate) fn is_same(&self, other: &Pattern) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
     /// The JSON text as given: strings are quoted.
     pub fn text(&self) -> &str {
         &self.inner.text

@@ -19,11 +19,11 @@ use futures::task::AtomicWaker;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::correlation::ClientCore;
+use crate::correlation::{CallKind, ClientCore, Outgoing};
 use crate::error::SessionError;
 use crate::events::{EventBus, ServiceEvent};
 use crate::in_flight::{Admission, Shared, SlotRoute};
-use crate::packet::{Raw, ResponseBody};
+use crate::packet::{Raw, ResponseBody, ResponsePacket};
 use crate::pattern::Route;
 use crate::payload::Format;
 use crate::replica::{Duty, Invoke, InvokeBatch, overloaded};
@@ -33,7 +33,7 @@ use crate::retry::{Retrial, RetryQueue};
 use crate::route::{Counter, HandlerRef, RouteTable};
 use crate::settlement::{FailurePolicy, Settles};
 use crate::transport::{
-    Delivery, Inbound, Outbound, PatternKey, Session, SessionReader, SessionWriter, Settlement,
+    Delivery, Inbound, Outbound, PatternKey, Session, SessionReader, SessionWriter, Settlement, Taken,
     TransportInfo, WriteError,
 };
 
@@ -180,6 +180,9 @@ struct Loop<S: Session> {
     batch_of: Batch<S::ReplyTo>,
     retries: RetryQueue,
     batch: Vec<Outbound<S::ReplyTo>>,
+    /// A client's calls on their way out, and the replies that this turn has read.
+    outgoing: Outgoing,
+    replies: Vec<ResponsePacket>,
     /// Abandoned: until when closing may take.
     close_by: Option<Pin<Box<tokio::time::Sleep>>>,
 }
@@ -285,6 +288,8 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         batch_of: Batch::default(),
         retries: RetryQueue::default(),
         batch: Vec::new(),
+        outgoing: Outgoing::default(),
+        replies: Vec::new(),
         close_by: None,
         env,
     };
@@ -473,18 +478,58 @@ impl<S: Session> Loop<S> {
     /// Writes queued calls; `true` when it stopped for want of room.
     fn write_calls(&mut self) -> Result<bool, SessionError> {
         let Some(client) = &self.env.client else { return Ok(false) };
-        let client = Arc::clone(client);
-        while self.writer.pending_bytes() < self.env.limits.high_water_bytes {
-            let Some((key, item)) = client.next_outbound() else { return Ok(false) };
-            let is_event = matches!(item, Outbound::Event(_));
-            match self.writer.write(item) {
-                Ok(()) if is_event => client.written(key),
-                Ok(()) => {}
-                Err(WriteError::Item(reason)) => client.refused(key, reason),
-                Err(WriteError::Session(error)) => return Err(error),
+        let out = &mut self.outgoing;
+        let room = |writer: &S::Writer| writer.pending_bytes() < self.env.limits.high_water_bytes;
+        while room(&self.writer) {
+            if !client.take_outbound(out) {
+                return Ok(false);
             }
+            for (id, route) in out.cancels.drain(..) {
+                if let Err(WriteError::Session(error)) = self.writer.write(Outbound::Cancel { id, route }) {
+                    client.put_back(&mut out.calls);
+                    return Err(error);
+                }
+            }
+            let mut ended = Ok(());
+            while ended.is_ok()
+                && room(&self.writer)
+                && let Some(queued) = out.calls.pop_front()
+            {
+                if !queued.live {
+                    continue;
+                }
+                let taken = match queued.kind {
+                    CallKind::Event => {
+                        self.writer.write_event(queued.message, client.receipt(queued.key)).map(Some)
+                    }
+                    _ => self.writer.write(Outbound::Request(queued.message)).map(|()| None),
+                };
+                match taken {
+                    Ok(Some(Taken::Written)) => out.written.push(queued.key),
+                    Ok(Some(Taken::Confirming)) => client.confirming(queued.key),
+                    Ok(None) => {}
+                    Err(WriteError::Item(reason)) => client.refused(queued.key, reason),
+                    Err(WriteError::Session(error)) => {
+                        client.lost(queued.key, &error);
+                        ended = Err(error);
+                    }
+                }
+            }
+            client.written(&mut out.written);
+            if !out.calls.is_empty() {
+                client.put_back(&mut out.calls);
+            }
+            ended?;
         }
+        client.stall();
         Ok(true)
+    }
+
+    /// Hands the replies that were read to their callers.
+    fn send_replies(&mut self) {
+        if let Some(client) = &self.env.client {
+            client.on_responses(&mut self.replies);
+        }
     }
 
     fn write(&mut self, item: Outbound<S::ReplyTo>) -> Result<(), SessionError> {
@@ -527,6 +572,7 @@ impl<S: Session> Loop<S> {
     /// Reads what there is, within bounds; ready when the reader has ended.
     fn read(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, SessionError> {
         let read = self.read_some(cx);
+        self.send_replies();
         self.send_invokes();
         read
     }
@@ -559,6 +605,7 @@ impl<S: Session> Loop<S> {
                 Poll::Ready(Some(item)) => self.take(item?)?,
                 Poll::Ready(None) => {
                     self.reading = false;
+                    self.send_replies();
                     if self.env.client.as_ref().is_some_and(|client| !client.is_idle() || !self.draining) {
                         return Err(SessionError::lost("the peer closed the connection"));
                     }
@@ -575,14 +622,19 @@ impl<S: Session> Loop<S> {
             Inbound::Request(delivery) => self.dispatch(MessageKind::Request, delivery),
             Inbound::Event(delivery) => self.dispatch(MessageKind::Event, delivery),
             Inbound::Response(packet) => {
-                if let Some(client) = &self.env.client {
-                    client.on_response(packet);
-                }
+                self.replies.push(packet);
                 Ok(())
             }
             Inbound::Unreachable { id } => {
+                self.send_replies();
                 if let Some(client) = &self.env.client {
                     client.on_unreachable(id);
+                }
+                Ok(())
+            }
+            Inbound::Confirmed { receipt, refused } => {
+                if let Some(client) = &self.env.client {
+                    client.confirmed(receipt, refused);
                 }
                 Ok(())
             }

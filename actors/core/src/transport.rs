@@ -158,6 +158,13 @@ pub enum Inbound<R> {
         /// The raw packet id of the request.
         id: Raw,
     },
+    /// What the broker said to an event for which the writer answered [`Taken::Confirming`].
+    Confirmed {
+        /// As given with the event.
+        receipt: PacketId,
+        /// Why the broker did not take it; `None` if it did.
+        refused: Option<String>,
+    },
     /// Something that cannot be read arrived. It is reported; the session goes on.
     Bad {
         /// What is wrong with it.
@@ -238,8 +245,10 @@ impl OutboundMessage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Settlement {
-    /// Every handler finished without an error.
+    /// Every handler finished without an error, and there is a [`FailurePolicy`](crate::settlement::FailurePolicy).
     Done,
+    /// Every handler finished without an error, and there is no policy: what NestJS does.
+    Finished,
     /// A handler failed, and there is no [`FailurePolicy`](crate::settlement::FailurePolicy): what NestJS does.
     Failed,
     /// A handler failed: another delivery, to whomever.
@@ -273,23 +282,29 @@ impl PacketId {
     /// Reads the text of an id of ours back into its parts; `None` if it is not one.
     #[inline]
     pub(crate) fn parts(text: &[u8]) -> Option<(u32, u32, u32)> {
-        let text: &[u8; Self::LEN] = text.try_into().ok()?;
-        let number = |start: usize, len: usize| {
-            // What stands before the digits gives way to zeros.
-            let mut digits = [b'0'; 8];
-            digits[8 - len..].copy_from_slice(&text[start..start + len]);
-            let digits = u64::from_be_bytes(digits);
-            let value = unhex(digits);
-            // Only digits come out as they went in.
-            (hex(value) == digits).then_some(value)
-        };
-        Some((number(0, 7)?, number(7, 8)?, number(15, 6)?))
+        const ZEROS: u64 = u64::MAX / 0xff * b'0' as u64;
+        if text.len() != Self::LEN {
+            return None;
+        }
+        let digits = |at: usize| text.get(at..).and_then(|rest| rest.first_chunk::<8>());
+        // What does not belong to a number gives way to zeros.
+        let first = u64::from_be_bytes(*digits(0)?) >> 8 | ZEROS << 56;
+        let second = u64::from_be_bytes(*digits(7)?);
+        let third = u64::from_be_bytes(*digits(13)?) << 16 >> 16 | ZEROS << 48;
+        let parts = (unhex(first), unhex(second), unhex(third));
+        // Only digits come out as they went in.
+        (hex(parts.0) == first && hex(parts.1) == second && hex(parts.2) == third).then_some(parts)
     }
 
     /// The id of a request, from the text that a peer or broker gave back.
     pub fn from_text(text: &[u8]) -> Option<Self> {
         Self::parts(text)?;
         Some(Self(text.try_into().ok()?))
+    }
+
+    /// The bytes of its text: hex digits.
+    pub fn as_bytes(&self) -> &[u8; Self::LEN] {
+        &self.0
     }
 
     /// Its text.
@@ -387,6 +402,17 @@ pub trait SessionWriter<R>: 'static {
     /// [`WriteError::Item`] refuses this item, [`WriteError::Session`] ends the session.
     fn write(&mut self, item: Outbound<R>) -> Result<(), WriteError>;
 
+    /// Takes an event, as [`write`](Self::write) does. A transporter whose broker confirms says
+    /// [`Taken::Confirming`], and later [`Inbound::Confirmed`] with the same receipt: `emit` resolves then.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write).
+    fn write_event(&mut self, message: OutboundMessage, receipt: PacketId) -> Result<Taken, WriteError> {
+        let _ = receipt;
+        self.write(Outbound::Event(message)).map(|()| Taken::Written)
+    }
+
     /// Moves what was taken towards the wire; ready when nothing is left.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>>;
 
@@ -396,6 +422,15 @@ pub trait SessionWriter<R>: 'static {
 
     /// Flushes and closes this half; ready when done.
     fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>>;
+}
+
+/// How far an event is when the writer has taken it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taken {
+    /// It is as good as sent: nobody will say more.
+    Written,
+    /// The reader will say what the broker made of it.
+    Confirming,
 }
 
 /// Why an item could not be written.

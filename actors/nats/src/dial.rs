@@ -3,13 +3,14 @@
 
 use std::sync::Arc;
 
-use async_nats::{Client, ConnectErrorKind, ConnectOptions, Event, ServerAddr};
+use async_nats::{Client, Event, ServerAddr};
 use martlet_core::Pattern;
 use martlet_core::error::{SessionError, SessionErrorKind};
 use martlet_core::transport::{Dial, Role, SessionPlan, TransportId, TransportInfo};
 
 use crate::link::{Link, Purpose, Settings, Signals};
-use crate::options::{Common, NatsClientOptions, NatsServerOptions, without_secrets};
+use crate::login::{connect_options, explain};
+use crate::options::{NatsClientOptions, NatsServerOptions, without_secrets};
 use crate::service::Service;
 use crate::session::NatsSession;
 use crate::wire;
@@ -66,13 +67,16 @@ impl NatsDial {
         let address: ServerAddr =
             url.parse().map_err(|error| SessionError::fatal(format!("server address {shown:?}: {error}")))?;
         let signals = Arc::new(Signals::default());
-        let options = connect_options(&self.settings.common, &address)?;
+        let (options, login) = connect_options(&self.settings.common, &address)?;
         let raise = Arc::clone(&signals);
         let options = options.event_callback(move |event: Event| {
             raise.raise(event);
             std::future::ready(())
         });
-        let client = options.connect(address).await.map_err(|error| explain(&shown, &error))?;
+        let client = options
+            .connect(address)
+            .await
+            .map_err(|error| explain(&shown, &self.settings.common, &login, &error))?;
         // NATS-17: its reconnecting ends at once, see `link`.
         let nowhere: ServerAddr = "nats://127.0.0.1:0".parse().map_err(SessionError::from)?;
         client.set_server_pool(nowhere).await.map_err(|error| SessionError::lost(error.to_string()))?;
@@ -94,116 +98,6 @@ fn new_id() -> String {
         }
     }
     id
-}
-
-fn connect_options(common: &Common, address: &ServerAddr) -> Result<ConnectOptions, SessionError> {
-    let fatal = |what: &str, error: &dyn std::fmt::Display| SessionError::fatal(format!("{what}: {error}"));
-    let mut options = ConnectOptions::new()
-        .max_reconnects(1)
-        .reconnect_delay_callback(|_| std::time::Duration::ZERO)
-        .retain_servers_order()
-        .ignore_discovered_servers()
-        .connection_timeout(common.timeout)
-        .ping_interval(common.ping_interval.max(std::time::Duration::from_millis(10)))
-        .subscription_capacity(common.subscription_capacity.max(1))
-        .client_capacity(common.client_capacity.max(1))
-        .custom_inbox_prefix(&common.inbox_prefix);
-    if let Some(name) = &common.name {
-        options = options.name(name);
-    }
-    if let Some(credentials) = &common.credentials {
-        options = options.credentials(credentials).map_err(|error| fatal("option credentials", &error))?;
-    }
-    if let Some(path) = &common.credentials_file {
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| fatal(&format!("option credentialsFile {}", path.display()), &error))?;
-        options = options.credentials(&text).map_err(|error| fatal("option credentialsFile", &error))?;
-    }
-    if let Some(seed) = &common.nkey {
-        options = options.nkey(seed.clone());
-    }
-    let url_user = address.username().map(percent_decoded);
-    let url_pass = address.password().map(percent_decoded);
-    match (common.user.clone().or(url_user), common.pass.clone().or(url_pass), &common.token) {
-        (_, _, Some(token)) => options = options.token(token.clone()),
-        (Some(user), Some(pass), None) => options = options.user_and_password(user, pass),
-        (Some(user), None, None) if common.user.is_some() => {
-            options = options.user_and_password(user, String::new());
-        }
-        (Some(token), None, None) => options = options.token(token),
-        (None, ..) => {}
-    }
-    if let Some(tls) = &common.tls {
-        options = options.require_tls(true);
-        if let Some(ca) = &tls.ca_file {
-            options = options.add_root_certificates(ca.clone());
-        }
-        match (&tls.cert_file, &tls.key_file) {
-            (Some(cert), Some(key)) => options = options.add_client_certificate(cert.clone(), key.clone()),
-            (None, None) => {}
-            _ => return Err(SessionError::fatal("options tls.certFile and tls.keyFile need each other")),
-        }
-        if tls.handshake_first {
-            options = options.tls_first();
-        }
-    }
-    Ok(options)
-}
-
-/// Undoes the percent-encoding of user and password in a URL.
-fn percent_decoded(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, more)) = rest.split_first() {
-        let hex = |at: usize| char::from(*more.get(at)?).to_digit(16);
-        match (first, hex(0), hex(1)) {
-            (b'%', Some(high), Some(low)) => {
-                bytes.push((high * 16 + low) as u8);
-                rest = &more[2..];
-            }
-            _ => {
-                bytes.push(first);
-                rest = more;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
-/// What follows from a failure to connect, and why it failed, in words.
-fn explain(server: &str, error: &async_nats::ConnectError) -> SessionError {
-    let mut text = String::new();
-    let mut tls = error.kind() == ConnectErrorKind::Tls;
-    let mut denied = false;
-    let mut cause = std::error::Error::source(error);
-    while let Some(source) = cause {
-        let mut inner = None;
-        if let Some(io) = source.downcast_ref::<std::io::Error>() {
-            inner = io.get_ref();
-        }
-        tls |= inner.is_some_and(|inner| inner.is::<async_nats::rustls::Error>());
-        let said = source.to_string();
-        // Some brokers and versions put it in other words.
-        denied |= said.to_ascii_lowercase().contains("authorization violation")
-            || said.to_ascii_lowercase().contains("authentication");
-        if !text.contains(&said) {
-            text = if text.is_empty() { said } else { format!("{text}: {said}") };
-        }
-        cause = source.source();
-    }
-    let said = |what: &str| {
-        if text.is_empty() { format!("{what} ({server})") } else { format!("{what} ({server}): {text}") }
-    };
-    match error.kind() {
-        ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => {
-            SessionError::fatal(said("the broker refused the credentials"))
-        }
-        _ if denied => SessionError::fatal(said("the broker refused the credentials")),
-        _ if tls => SessionError::fatal(said("TLS with the broker failed")),
-        ConnectErrorKind::ServerParse => SessionError::fatal(said("bad server address")),
-        ConnectErrorKind::TimedOut => SessionError::refused(said("the broker did not answer in time")),
-        _ => SessionError::refused(said("the broker cannot be reached")),
-    }
 }
 
 impl Dial for NatsDial {

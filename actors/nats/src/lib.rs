@@ -36,6 +36,7 @@ mod client;
 mod context;
 mod dial;
 mod link;
+mod login;
 mod merge;
 pub mod options;
 mod record;

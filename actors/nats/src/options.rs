@@ -56,6 +56,13 @@ impl NatsTlsOptions {
         self.key_file = Some(key_file.into());
         self
     }
+
+    /// Begins with TLS before the broker has said anything.
+    #[must_use]
+    pub fn handshake_first(mut self, first: bool) -> Self {
+        self.handshake_first = first;
+        self
+    }
 }
 
 /// What a service says of itself in NATS's services discovery.
@@ -81,11 +88,12 @@ martlet_core::transport_options! {
             (impl IntoIterator<Item = impl Into<String>>) |servers| servers.into_iter().map(Into::into).collect();
         /// The user. Default: none, or that of the URL.
         "user" user: Option<String> = None, (impl Into<String>) |user| Some(user.into());
-        /// The user's password.
+        /// The user's password; needs `user`, here or in the URL.
         "pass" pass: Option<String> = None, (impl Into<String>) |pass| Some(pass.into());
         /// An authentication token. Default: none, or a URL's user without password.
         "token" token: Option<String> = None, (impl Into<String>) |token| Some(token.into());
-        /// The content of a `.creds` file (user JWT and seed).
+        /// The content of a `.creds` file (user JWT and seed). This, `credentialsFile` and `nkey` exclude each
+        /// other.
         "credentials" credentials: Option<String> = None,
             (impl Into<String>) |credentials| Some(credentials.into());
         /// The path of a `.creds` file; read anew at every connect.

@@ -75,7 +75,7 @@ impl Session for NatsSession {
         let writer = NatsWriter {
             link: self.link,
             buffer: BytesMut::new(),
-            deadline_headers: wire::DeadlineHeaders::default(),
+            usual: None,
             last_subject: None,
             max_header_bytes,
             closing: None,
@@ -314,7 +314,8 @@ impl SessionReader<NatsReplyTo> for NatsReader {
 pub struct NatsWriter {
     link: Rc<Link>,
     buffer: BytesMut,
-    deadline_headers: wire::DeadlineHeaders,
+    /// Of the last call that had a deadline and nothing else to tell.
+    usual: Option<wire::UsualCall>,
     last_subject: Option<(Route, Subject)>,
     max_header_bytes: usize,
     closing: Option<LocalBoxFuture<'static, Result<(), SessionError>>>,
@@ -328,18 +329,30 @@ impl std::fmt::Debug for NatsWriter {
 
 impl NatsWriter {
     fn message(&mut self, message: &mut OutboundMessage, reply: Option<Subject>) -> Result<(), WireError> {
-        message.put_timeout();
-        let (own, fixed, limit) = (&message.headers, &self.link.settings.headers, self.max_header_bytes);
-        let usual = match own.is_empty() && fixed.is_empty() {
-            true => self.deadline_headers.of(&message.metadata, limit),
-            false => None,
-        };
-        let headers = match usual {
-            Some(headers) => Some(headers),
-            None => wire::headers_for(own, fixed, &message.metadata, limit)?,
-        };
-        let body = wire::encode_request(&*self.link.settings.codec, message, &mut self.buffer)?;
-        wire::check_size(headers.as_ref(), body.len(), self.link.client.max_payload())?;
+        let (fixed, limit) = (&self.link.settings.headers, self.max_header_bytes);
+        let codec = &*self.link.settings.codec;
+        let (size, body, headers);
+        if let Some(timeout) = message.timeout
+            && message.metadata.is_empty()
+            && message.headers.is_empty()
+            && fixed.is_empty()
+        {
+            // Most calls carry the client's own timeout and nothing else: it is put in words once.
+            let usual = match self.usual.take() {
+                Some(usual) if usual.timeout == timeout => usual,
+                _ => wire::UsualCall::new(timeout, limit)?,
+            };
+            let usual = self.usual.insert(usual);
+            body = wire::encode_request(codec, message, Some(&usual.metadata), &mut self.buffer)?;
+            (size, headers) = (usual.header_bytes, usual.headers.clone());
+        } else {
+            message.put_timeout();
+            headers = wire::headers_for(&message.headers, fixed, &message.metadata, limit)?;
+            let metadata = Some(&message.metadata).filter(|metadata| !metadata.is_empty());
+            body = wire::encode_request(codec, message, metadata, &mut self.buffer)?;
+            size = headers.as_ref().map_or(0, wire::header_bytes);
+        }
+        wire::check_size(size + body.len(), self.link.client.max_payload())?;
         let subject = self.subject(message.pattern.route());
         self.link.push(subject, reply, body, headers);
         Ok(())
@@ -374,7 +387,8 @@ impl NatsWriter {
             None => None,
         };
         let body = wire::encode_response(&*self.link.settings.codec, id, body, &mut self.buffer)?;
-        wire::check_size(headers.as_ref(), body.len(), self.link.client.max_payload())?;
+        let size = body.len() + headers.as_ref().map_or(0, wire::header_bytes);
+        wire::check_size(size, self.link.client.max_payload())?;
         self.link.push(to, None, body, headers);
         Ok(())
     }

@@ -2,6 +2,7 @@
 //! Packets as NATS messages and back, pure: no connection, no clock.
 
 use std::str::FromStr;
+use std::time::Duration;
 
 use async_nats::header::{HeaderName, HeaderValue};
 use async_nats::{HeaderMap, Subject};
@@ -100,20 +101,25 @@ fn refill(out: &mut BytesMut) {
     }
 }
 
-/// Writes the body of a request or event; the bytes are cut off `out`.
+/// Writes the body of a request or event with this metadata; the bytes are cut off `out`.
 pub(crate) fn encode_request(
     codec: &dyn Codec,
     message: &OutboundMessage,
+    metadata: Option<&Metadata>,
     out: &mut BytesMut,
 ) -> Result<Bytes, WireError> {
     refill(out);
     let packet = OutgoingPacket {
         pattern: PatternText::Given(&message.pattern),
         data: Some(&message.data),
-        id: message.id.as_ref().map(PacketId::as_str),
-        metadata: Some(&message.metadata).filter(|metadata| !metadata.is_empty()),
+        id: None,
+        metadata,
     };
-    finish(codec.encode_request(&packet, out), out)
+    let written = match &message.id {
+        Some(id) => codec.encode_call(&packet, id, out),
+        None => codec.encode_request(&packet, out),
+    };
+    finish(written, out)
 }
 
 fn finish(result: Result<(), CodecError>, out: &mut BytesMut) -> Result<Bytes, WireError> {
@@ -292,31 +298,27 @@ fn append_value(map: &mut HeaderMap, name: HeaderName, value: &str) -> Result<()
     Ok(())
 }
 
-/// The headers of messages that have nothing but a deadline: most calls of a client have the same one.
-#[derive(Debug, Default)]
-pub(crate) struct DeadlineHeaders {
-    last: Option<(Box<str>, HeaderMap)>,
+/// What a call tells that has a deadline and nothing else: most calls of a client have the same one.
+#[derive(Debug)]
+pub(crate) struct UsualCall {
+    pub(crate) timeout: Duration,
+    pub(crate) metadata: Metadata,
+    pub(crate) headers: Option<HeaderMap>,
+    pub(crate) header_bytes: usize,
 }
 
-impl DeadlineHeaders {
-    /// As [`headers_for`], where that has nothing to add but the deadline; `None` elsewhere.
-    pub(crate) fn of(&mut self, metadata: &Metadata, limit: usize) -> Option<HeaderMap> {
-        let mut entries = metadata.iter();
-        let (Some((TIMEOUT_KEY, value)), None) = (entries.next(), entries.next()) else { return None };
-        if let Some((last, map)) = &self.last
-            && **last == *value
-        {
-            return Some(map.clone());
-        }
-        let map = headers_for(&Headers::new(), &Headers::new(), metadata, limit).ok()??;
-        self.last = Some((value.into(), map.clone()));
-        Some(map)
+impl UsualCall {
+    pub(crate) fn new(timeout: Duration, limit: usize) -> Result<Self, WireError> {
+        let mut metadata = Metadata::from_iter([(TIMEOUT_KEY, timeout.as_millis().to_string())]);
+        metadata.keep_json();
+        let headers = headers_for(&Headers::new(), &Headers::new(), &metadata, limit)?;
+        let header_bytes = headers.as_ref().map_or(0, header_bytes);
+        Ok(Self { timeout, metadata, headers, header_bytes })
     }
 }
 
-/// Checks a message against the broker's bound.
-pub(crate) fn check_size(headers: Option<&HeaderMap>, body: usize, limit: usize) -> Result<(), WireError> {
-    let size = body + headers.map_or(0, header_bytes);
+/// Checks a message, headers and body, against the broker's bound.
+pub(crate) fn check_size(size: usize, limit: usize) -> Result<(), WireError> {
     if size > limit { Err(WireError::TooLarge { size, limit }) } else { Ok(()) }
 }
 

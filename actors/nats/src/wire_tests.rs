@@ -72,7 +72,8 @@ fn requests_and_events_of_nestjs_are_read_and_written_byte_for_byte() {
             headers: Headers::new(),
             timeout: None,
         };
-        let written = encode_request(&JsonCodec, &message, &mut BytesMut::new()).unwrap();
+        let metadata = Some(&message.metadata).filter(|metadata| !metadata.is_empty());
+        let written = encode_request(&JsonCodec, &message, metadata, &mut BytesMut::new()).unwrap();
         assert_eq!(text(&written), text(&body), "{name}");
     }
 }
@@ -212,9 +213,8 @@ fn header_bounds_hold_from_both_sides() {
     let check = |limit| headers_for(&own, &Headers::new(), &Metadata::new(), limit);
     assert_eq!(header_bytes(&check(size).unwrap().unwrap()), size);
     assert!(matches!(check(size - 1), Err(WireError::HeadersTooLarge { .. })));
-    let map = check(size).unwrap();
-    check_size(map.as_ref(), 10, size + 10).unwrap();
-    check_size(map.as_ref(), 11, size + 10).unwrap_err();
+    check_size(size + 10, size + 10).unwrap();
+    check_size(size + 11, size + 10).unwrap_err();
 }
 
 #[test]

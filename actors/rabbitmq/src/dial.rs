@@ -32,7 +32,6 @@ impl RmqDial {
             consumer_tag: options.consumer_tag.clone(),
             max_in_flight: options.max_in_flight,
             receive_buffer_bytes: options.receive_buffer_bytes,
-            acks: options.on_failure.is_some(),
         };
         let settings = Settings {
             common: options.common(),

@@ -42,19 +42,8 @@ pub(crate) struct Settings {
 /// What only one side needs.
 #[derive(Debug)]
 pub(crate) enum Side {
-    Server {
-        consumer_tag: String,
-        max_in_flight: usize,
-        receive_buffer_bytes: usize,
-        /// Whether a handler that succeeded has its message acknowledged.
-        acks: bool,
-    },
-    Client {
-        headers: FieldTable,
-        reply_queue: String,
-        persistent: bool,
-        max_unconfirmed: usize,
-    },
+    Server { consumer_tag: String, max_in_flight: usize, receive_buffer_bytes: usize },
+    Client { headers: FieldTable, reply_queue: String, persistent: bool, max_unconfirmed: usize },
 }
 
 impl Settings {

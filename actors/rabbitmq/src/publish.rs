@@ -142,12 +142,15 @@ impl Replies {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum What {
     Request(PacketId),
-    Event,
+    /// With what it is confirmed by.
+    Event(Option<PacketId>),
 }
 
-/// What the broker said to a message, where that is more than "taken".
+/// What the broker said to a message, where somebody wants to know.
 #[derive(Debug)]
 pub(crate) enum Outcome {
+    /// It has the event.
+    Confirmed(PacketId),
     /// No queue is bound for it.
     Unroutable(PacketId),
     /// It was refused (its queue is full, for one).
@@ -228,8 +231,14 @@ impl Confirmed {
             let what = *what;
             self.confirming.pop_front();
             let confirmation = confirmation?;
-            if confirmation.is_nack() {
-                self.outcomes.borrow_mut().push_back(Outcome::Refused(what));
+            match what {
+                what if confirmation.is_nack() => {
+                    self.outcomes.borrow_mut().push_back(Outcome::Refused(what))
+                }
+                What::Event(Some(receipt)) => {
+                    self.outcomes.borrow_mut().push_back(Outcome::Confirmed(receipt))
+                }
+                _ => {}
             }
             // The driver may hand a message back with the confirmation of another: its own property says which.
             if let Some(returned) = confirmation.take_message()

@@ -3,6 +3,7 @@
 
 use martlet_core::{Headers, Record};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 /// A value with headers and properties: to send, or to answer with. NestJS's `RmqRecord`.
 ///
@@ -11,8 +12,8 @@ use serde::{Deserialize, Serialize};
 pub type RmqRecord<T> = Record<T>;
 
 /// What the names of headers begin with that set a property instead: `amqp.priority`, `amqp.expiration`. After it
-/// stands the name of an [`RmqRecordOptions`] field, as in configuration. Any other name after it refuses the
-/// message.
+/// stands the name of an [`RmqRecordOptions`] field, as in configuration; `amqp.headers.name` is a header whose value
+/// is JSON. Any other name after it refuses the message.
 pub const PROPERTY_PREFIX: &str = "amqp.";
 
 /// The properties of one message, by NestJS's names.
@@ -20,8 +21,8 @@ pub const PROPERTY_PREFIX: &str = "amqp.";
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 #[non_exhaustive]
 pub struct RmqRecordOptions {
-    /// Headers; they win over the client's option `headers`.
-    pub headers: std::collections::BTreeMap<String, String>,
+    /// Headers; they win over the client's option `headers`. Texts, and any other JSON value that AMQP has a type for.
+    pub headers: Map<String, Value>,
     /// Its priority, in a queue with `maxPriority`.
     pub priority: Option<u8>,
     /// How long it may wait in the queue, in milliseconds.
@@ -72,7 +73,11 @@ impl RmqRecordOptions {
         let properties = properties
             .into_iter()
             .filter_map(|(name, value)| Some((format!("{PROPERTY_PREFIX}{name}"), value?)));
-        self.headers.into_iter().chain(properties).collect()
+        let headers = self.headers.into_iter().map(|(name, value)| match value {
+            Value::String(text) => (name, text),
+            value => (format!("{PROPERTY_PREFIX}headers.{name}"), value.to_string()),
+        });
+        headers.chain(properties).collect()
     }
 }
 
@@ -84,7 +89,7 @@ impl RmqRecordOptions {
 /// use martlet_rabbitmq::{RmqRecordBuilder, RmqRecordOptions};
 ///
 /// let mut options = RmqRecordOptions::new();
-/// options.headers.insert("x-version".to_owned(), "1.0".to_owned());
+/// options.headers.insert("x-version".to_owned(), "1.0".into());
 /// options.priority = Some(3);
 /// let record = RmqRecordBuilder::new([1, 2, 3]).set_options(options).build();
 /// assert_eq!(record.headers.get("x-version"), Some("1.0"));
@@ -105,7 +110,7 @@ impl<T> RmqRecordBuilder<T> {
 
     /// Sets a header, replacing one of the same name.
     pub fn set_header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
-        self.options.headers.insert(name.into(), value.into());
+        self.options.headers.insert(name.into(), Value::String(value.into()));
         self
     }
 

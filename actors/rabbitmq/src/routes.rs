@@ -124,6 +124,23 @@ mod tests {
     }
 
     #[test]
+    fn what_nestjs_matches_matches_here_and_what_the_broker_matches_besides() {
+        let vectors: serde_json::Value =
+            serde_json::from_str(include_str!("../tests/vectors/rmq_match.json")).unwrap();
+        let mut more = Vec::new();
+        for vector in vectors.as_array().unwrap() {
+            let [pattern, key] = ["pattern", "routing_key"].map(|name| vector[name].as_str().unwrap());
+            match (vector["match"] == true, matches(pattern, key)) {
+                (nestjs, here) if nestjs == here => {}
+                (true, _) => panic!("{pattern} {key}"),
+                _ => more.push((pattern, key)),
+            }
+        }
+        // `#` not at the end, and `*` for a word without a character.
+        assert_eq!(more, [("a.#.c", "a.b.c"), ("#.c", "a.b.c"), ("a.*.b", "a..b"), ("*.b", ".b")]);
+    }
+
+    #[test]
     fn many_hashes_take_no_exponential_time() {
         let pattern = format!("{}b", "#.".repeat(60));
         check(&pattern, &[&format!("{}b", "a.".repeat(60))], &[&"a.".repeat(60)]);

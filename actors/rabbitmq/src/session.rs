@@ -22,7 +22,7 @@ use martlet_core::error::{RpcError, SessionError};
 use martlet_core::packet::{Raw, ResponseBody, ResponsePacket};
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Session, SessionReader,
-    SessionWriter, Settlement, Subscription, WriteError,
+    SessionWriter, Settlement, Subscription, Taken, WriteError,
 };
 
 use crate::context::RmqContext;
@@ -281,8 +281,12 @@ impl RmqReader {
     fn outcome(&self, outcome: Outcome) -> Inbound<RmqReplyTo> {
         match outcome {
             Outcome::Unroutable(id) => Inbound::Unreachable { id },
-            Outcome::Refused(What::Event) => {
-                Inbound::Bad { reason: "the broker refused an event that was published".to_owned() }
+            Outcome::Confirmed(receipt) => Inbound::Confirmed { receipt, refused: None },
+            Outcome::Refused(What::Event(Some(receipt))) => {
+                Inbound::Confirmed { receipt, refused: Some("the broker refused the event".to_owned()) }
+            }
+            Outcome::Refused(What::Event(None)) => {
+                Inbound::Bad { reason: "the broker refused an event".to_owned() }
             }
             Outcome::Refused(What::Request(id)) => {
                 let format = self.shared.settings.codec.format();
@@ -466,8 +470,8 @@ impl RmqWriter {
         }
     }
 
-    /// A request or an event.
-    fn message(&mut self, mut message: OutboundMessage) -> Result<(), WireError> {
+    /// A request, or an event with what it is confirmed by.
+    fn message(&mut self, mut message: OutboundMessage, receipt: Option<PacketId>) -> Result<(), WireError> {
         let Out::Client(out) = &mut self.out else { return Ok(()) };
         message.put_timeout();
         let mut properties = self.base.clone();
@@ -476,7 +480,7 @@ impl RmqWriter {
                 properties = properties.with_reply_to(self.reply_to.clone());
                 What::Request(id)
             }
-            None => What::Event,
+            None => What::Event(receipt),
         };
         properties = wire::with_own(properties, &message.headers, self.limits)?;
         if let Some(id) = &message.id {
@@ -542,11 +546,9 @@ impl RmqWriter {
 
     /// RMQ-16: what becomes of a message that was delivered for acknowledgement.
     fn settle(&mut self, message: &RmqContext, settlement: Settlement) {
-        let Side::Server { acks, .. } = self.shared.settings.side else { return };
         let verdict = match settlement {
             // NestJS leaves it to the handler.
-            Settlement::Done if !acks => return,
-            Settlement::Failed => return,
+            Settlement::Finished | Settlement::Failed => return,
             Settlement::Done | Settlement::Discard => Verdict::Ack,
             Settlement::Requeue | Settlement::HandedBack => Verdict::Nack { requeue: true },
             _ => Verdict::Nack { requeue: false },
@@ -654,7 +656,9 @@ impl SessionWriter<RmqReplyTo> for RmqWriter {
     fn write(&mut self, item: Outbound<RmqReplyTo>) -> Result<(), WriteError> {
         let refused = |error: WireError| WriteError::Item(Arc::new(error));
         match item {
-            Outbound::Request(message) | Outbound::Event(message) => self.message(message).map_err(refused),
+            Outbound::Request(message) | Outbound::Event(message) => {
+                self.message(message, None).map_err(refused)
+            }
             Outbound::Response { reply_to, id, body, headers } => {
                 self.response(&reply_to.message, &id, &body, headers).map_err(refused)
             }
@@ -689,6 +693,13 @@ impl SessionWriter<RmqReplyTo> for RmqWriter {
             }
             // There is no way to tell the one service that has the request.
             _ => Ok(()),
+        }
+    }
+
+    fn write_event(&mut self, message: OutboundMessage, receipt: PacketId) -> Result<Taken, WriteError> {
+        match self.message(message, Some(receipt)) {
+            Ok(()) => Ok(Taken::Confirming),
+            Err(error) => Err(WriteError::Item(Arc::new(error))),
         }
     }
 

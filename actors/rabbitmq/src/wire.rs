@@ -209,12 +209,23 @@ pub(crate) fn with_own(
     }
     let mut table = properties.headers().clone().unwrap_or_default();
     for (name, value) in own.iter() {
-        match name.strip_prefix(PROPERTY_PREFIX) {
-            Some(property) => properties = set_property(properties, name, property, value)?,
-            None => {
-                let name = short(&format!("header name {name:?}"), name)?;
-                table.insert(name, AMQPValue::LongString(value.into()));
+        let property = name.strip_prefix(PROPERTY_PREFIX);
+        let header = property.map_or(Some(name), |property| property.strip_prefix("headers."));
+        match (property, header) {
+            (_, Some(header)) => {
+                let bad = |_| WireError::Property {
+                    name: name.to_owned(),
+                    value: value.to_owned(),
+                    reason: "it is not JSON",
+                };
+                let value = match property {
+                    Some(_) => amqp_value(&serde_json::from_str(value).map_err(bad)?),
+                    None => AMQPValue::LongString(value.into()),
+                };
+                table.insert(short(&format!("header name {header:?}"), header)?, value);
             }
+            (Some(property), None) => properties = set_property(properties, name, property, value)?,
+            (None, None) => {}
         }
     }
     let size = own.iter().map(|(name, value)| name.len() + value.len() + 6).sum::<usize>();
@@ -336,3 +347,7 @@ pub(crate) fn is_sound_reply_address(address: &str) -> bool {
     matches!((parts.next(), parts.next(), parts.next()), (Some(first), Some(second), None)
         if base64(first) && process(first) && base64(second))
 }
+
+#[cfg(test)]
+#[path = "wire_tests.rs"]
+mod tests;

@@ -148,6 +148,11 @@ impl RedisDial {
                         subscriber.forget(channel, true);
                         tracing::debug!(target: "martlet", "wildcardReplies is off: {text}");
                     }
+                    (Role::Server, Asked::Subscribe { channel, glob }) if wire::is_cancel_channel(channel) => {
+                        // REDIS-16: served all the same.
+                        subscriber.forget(channel, *glob);
+                        tracing::debug!(target: "martlet", "no cancellations: {text}");
+                    }
                     (_, Asked::ClientId) => {}
                     _ => return Poll::Ready(Err(broker_error(&shown, Some(&asked), &text))),
                 }

@@ -215,6 +215,9 @@ impl Link {
             }
             (Asked::Subscribe { channel, glob }, Err(text)) => {
                 subscriber.forget(&channel, glob);
+                if wire::is_cancel_channel(&channel) {
+                    return Ok(());
+                }
                 let error = broker_error(
                     &self.shown,
                     Some(&Asked::Subscribe { channel: channel.clone(), glob }),

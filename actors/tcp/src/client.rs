@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use martlet_core::transport::{Dial, Role, SessionPlan};
 use martlet_core::{ClientProxy, SessionError, TransportId, TransportInfo};
+use martlet_tls::handshake_error;
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, TlsStream};
 
 use crate::options::TcpClientOptions;
 use crate::session::{Io, TcpLimits, TcpSession};
-use crate::tls::handshake_error;
 use crate::wire::FrameLimits;
 
 /// A TCP client.
@@ -78,8 +78,10 @@ impl Dial for TcpClient {
             // TCP-22.
             Some((config, tls)) => {
                 let name = tls.server_name(&options.host)?;
-                let stream =
-                    TlsConnector::from(config).connect(name, socket).await.map_err(handshake_error)?;
+                let stream = TlsConnector::from(config)
+                    .connect(name, socket)
+                    .await
+                    .map_err(|error| handshake_error("tls handshake failed", &error))?;
                 Io::Tls(Box::new(TlsStream::Client(stream)))
             }
         };

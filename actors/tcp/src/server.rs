@@ -7,13 +7,13 @@ use std::task::Poll;
 
 use martlet_core::transport::{Accept, ContextData, Listen, Open, Role};
 use martlet_core::{Server, SessionError, TransportId, TransportInfo};
+use martlet_tls::handshake_error;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsStream};
 
 use crate::options::TcpServerOptions;
 use crate::session::{Io, TcpLimits, TcpSession};
-use crate::tls::handshake_error;
 use crate::wire::FrameLimits;
 
 /// A TCP server, to be put into a service.
@@ -231,7 +231,10 @@ impl Open for TcpPeer {
             None => Io::Plain(socket),
             // TCP-22.
             Some(tls) => {
-                let stream = TlsAcceptor::from(tls).accept(socket).await.map_err(handshake_error)?;
+                let stream = TlsAcceptor::from(tls)
+                    .accept(socket)
+                    .await
+                    .map_err(|error| handshake_error("tls handshake failed", &error))?;
                 Io::Tls(Box::new(TlsStream::Server(stream)))
             }
         };

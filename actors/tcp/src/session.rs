@@ -520,20 +520,19 @@ impl TcpWriter {
         if let Some(metadata) = metadata {
             hint += metadata.json_text().map_or(40, str::len) + 12;
         }
-        self.frame(hint, |codec, out| {
-            codec.encode_request(
-                &OutgoingPacket {
-                    // TCP-10: events carry the route, requests the pattern as given.
-                    pattern: match &message.id {
-                        Some(_) => PatternText::Given(&message.pattern),
-                        None => PatternText::Route(message.pattern.route()),
-                    },
-                    data: Some(&message.data),
-                    id: message.id.as_ref().map(|id| id.as_str()),
-                    metadata,
-                },
-                out,
-            )
+        let packet = OutgoingPacket {
+            // TCP-10: events carry the route, requests the pattern as given.
+            pattern: match &message.id {
+                Some(_) => PatternText::Given(&message.pattern),
+                None => PatternText::Route(message.pattern.route()),
+            },
+            data: Some(&message.data),
+            id: None,
+            metadata,
+        };
+        self.frame(hint, |codec, out| match &message.id {
+            Some(id) => codec.encode_call(&packet, id, out),
+            None => codec.encode_request(&packet, out),
         })
     }
 

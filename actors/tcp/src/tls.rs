@@ -1,85 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! TLS around the same frames: rustls with the `ring` provider, no ALPN, as NestJS.
 
-use std::fmt;
 use std::sync::Arc;
 
 use martlet_core::SessionError;
+pub use martlet_tls::Pem;
 use rustls::client::WebPkiServerVerifier;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::pki_types::ServerName;
 use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{ClientConfig, ServerConfig};
 use serde::{Deserialize, Serialize};
-
-/// A PEM text, or the path of a file with one: a text with a line `-----BEGIN …` is the PEM itself.
-#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Pem(String);
-
-impl Pem {
-    /// A PEM text or a path.
-    pub fn new(text_or_path: impl Into<String>) -> Self {
-        Self(text_or_path.into())
-    }
-
-    /// Whether none was given.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    fn read(&self, option: &str) -> Result<Vec<u8>, SessionError> {
-        if self.0.contains("-----BEGIN") {
-            return Ok(self.0.clone().into_bytes());
-        }
-        std::fs::read(&self.0).map_err(|error| {
-            SessionError::fatal(format!("tlsOptions.{option}: cannot read file {:?}", self.0))
-                .with_source(error)
-        })
-    }
-
-    fn certificates(&self, option: &str) -> Result<Vec<CertificateDer<'static>>, SessionError> {
-        let text = self.read(option)?;
-        let certificates =
-            CertificateDer::pem_slice_iter(&text).collect::<Result<Vec<_>, _>>().map_err(|error| {
-                SessionError::fatal(format!("tlsOptions.{option} is not a PEM certificate chain: {error}"))
-            })?;
-        if certificates.is_empty() {
-            return Err(SessionError::fatal(format!("tlsOptions.{option} holds no PEM certificate")));
-        }
-        Ok(certificates)
-    }
-
-    fn key(&self, option: &str) -> Result<PrivateKeyDer<'static>, SessionError> {
-        PrivateKeyDer::from_pem_slice(&self.read(option)?).map_err(|error| {
-            SessionError::fatal(format!("tlsOptions.{option} is not a PEM private key: {error}"))
-        })
-    }
-
-    fn roots(&self, option: &str) -> Result<Arc<RootCertStore>, SessionError> {
-        let mut roots = RootCertStore::empty();
-        for certificate in self.certificates(option)? {
-            roots.add(certificate).map_err(|error| {
-                SessionError::fatal(format!("tlsOptions.{option} holds an unusable certificate: {error}"))
-            })?;
-        }
-        Ok(Arc::new(roots))
-    }
-}
-
-impl fmt::Debug for Pem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // A text may be a private key.
-        let shown = if self.0.contains("-----BEGIN") { "<pem>" } else { self.0.as_str() };
-        f.debug_tuple("Pem").field(&shown).finish()
-    }
-}
-
-impl<T: Into<String>> From<T> for Pem {
-    fn from(text_or_path: T) -> Self {
-        Self::new(text_or_path)
-    }
-}
 
 /// The server's side of TLS.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -120,13 +50,14 @@ impl TlsServerOptions {
     }
 
     pub(crate) fn config(&self) -> Result<Arc<ServerConfig>, SessionError> {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let provider = martlet_tls::provider();
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
             .map_err(|error| SessionError::fatal(format!("tls: {error}")))?;
         let builder = match (&self.ca, self.request_cert) {
             (Some(ca), true) => {
-                let verifier = WebPkiClientVerifier::builder_with_provider(ca.roots("ca")?, provider);
+                let verifier =
+                    WebPkiClientVerifier::builder_with_provider(ca.roots("tlsOptions.ca")?, provider);
                 let verifier =
                     if self.reject_unauthorized { verifier } else { verifier.allow_unauthenticated() };
                 let verifier = verifier.build().map_err(|error| {
@@ -137,9 +68,12 @@ impl TlsServerOptions {
             (None, true) => return Err(SessionError::fatal("tlsOptions.requestCert needs tlsOptions.ca")),
             (_, false) => builder.with_no_client_auth(),
         };
-        builder.with_single_cert(self.cert.certificates("cert")?, self.key.key("key")?).map(Arc::new).map_err(
-            |error| SessionError::fatal(format!("tlsOptions.key does not fit tlsOptions.cert: {error}")),
-        )
+        builder
+            .with_single_cert(self.cert.certificates("tlsOptions.cert")?, self.key.key("tlsOptions.key")?)
+            .map(Arc::new)
+            .map_err(|error| {
+                SessionError::fatal(format!("tlsOptions.key does not fit tlsOptions.cert: {error}"))
+            })
     }
 }
 
@@ -189,20 +123,20 @@ impl TlsClientOptions {
                 "tlsOptions.ca is required: the authority that signs the server",
             ));
         }
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let verifier =
-            WebPkiServerVerifier::builder_with_provider(self.ca.roots("ca")?, Arc::clone(&provider))
-                .build()
-                .map_err(|error| {
-                    SessionError::fatal(format!("tlsOptions.ca cannot verify servers: {error}"))
-                })?;
+        let provider = martlet_tls::provider();
+        let verifier = WebPkiServerVerifier::builder_with_provider(
+            self.ca.roots("tlsOptions.ca")?,
+            Arc::clone(&provider),
+        )
+        .build()
+        .map_err(|error| SessionError::fatal(format!("tlsOptions.ca cannot verify servers: {error}")))?;
         let builder = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(|error| SessionError::fatal(format!("tls: {error}")))?
             .with_webpki_verifier(verifier);
         let config = match (&self.key, &self.cert) {
             (Some(key), Some(cert)) => builder
-                .with_client_auth_cert(cert.certificates("cert")?, key.key("key")?)
+                .with_client_auth_cert(cert.certificates("tlsOptions.cert")?, key.key("tlsOptions.key")?)
                 .map_err(|error| {
                     SessionError::fatal(format!("tlsOptions.key does not fit tlsOptions.cert: {error}"))
                 })?,
@@ -216,13 +150,5 @@ impl TlsClientOptions {
         let name = self.servername.as_deref().unwrap_or(host);
         ServerName::try_from(name.to_owned())
             .map_err(|error| SessionError::fatal(format!("tlsOptions.servername {name:?}: {error}")))
-    }
-}
-
-/// A handshake that failed: a wrong certificate is not retried, a broken line is.
-pub(crate) fn handshake_error(error: std::io::Error) -> SessionError {
-    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-        Some(tls) => SessionError::fatal(format!("tls handshake failed: {tls}")),
-        None => SessionError::lost(format!("tls handshake failed: {error}")),
     }
 }

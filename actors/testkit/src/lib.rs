@@ -6,6 +6,7 @@
 //! | [`memory`] | an in-memory transporter: peers, or a broker in the middle |
 //! | [`conformance`], [`features`] | the suite that every transporter passes, one test per behaviour |
 //! | [`fault`] | any transporter, with cuts, delays, losses, doubles and panics as told |
+//! | [`nest`] | the application whose packets the golden vectors are, and the vectors read |
 //! | [`probe`] | an actor that records what it receives |
 //! | [`relay`] | a TCP relay that is cut and closed as told |
 //! | [`storm`] | many calls of every kind, and what must hold of their outcomes |
@@ -19,6 +20,7 @@ pub mod conformance;
 pub mod fault;
 pub mod features;
 pub mod memory;
+pub mod nest;
 pub mod probe;
 pub mod relay;
 pub mod storm;

@@ -15,10 +15,12 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::{self, FuturesUnordered};
-use martlet_core::{CallError, ClientProxy, Data, HandlerGroup, Pattern, RpcError, Streaming, message};
+use martlet_core::{
+    CallError, ClientProxy, Data, HandlerGroup, Pattern, RpcError, Streaming, event, message,
+};
 use parking_lot::Mutex;
 
-/// The outcomes of a storm by kind: `value`, or that of the error.
+/// The outcomes of a storm by kind: `value`, `sent` (an event), or that of the error.
 pub type Outcomes = BTreeMap<&'static str, u64>;
 
 /// A storm of so many calls. Clones are the same storm.
@@ -29,6 +31,7 @@ pub struct Storm {
 
 struct Inner {
     calls: u64,
+    events: bool,
     next: AtomicU64,
     ended: AtomicU64,
     /// For each call, how often its handler ran.
@@ -48,12 +51,16 @@ const RAN: u8 = 1;
 const NOT_RUN: u8 = 2;
 const UNKNOWN: u8 = 3;
 
-/// Every tenth call takes a stream, three of ten are idempotent, the others are plain.
-fn kind(number: u64) -> &'static str {
-    match number % 10 {
-        0 => "stream",
-        1..=3 => "again",
-        _ => "echo",
+impl Inner {
+    /// Every tenth call takes a stream, three of ten are idempotent, the others are plain; where there are events,
+    /// one of ten is one.
+    fn kind(&self, number: u64) -> &'static str {
+        match number % 10 {
+            0 => "stream",
+            1..=3 => "again",
+            4 if self.events => "event",
+            _ => "echo",
+        }
     }
 }
 
@@ -63,12 +70,23 @@ fn items(number: u64) -> std::ops::Range<u64> {
 }
 
 impl Storm {
-    /// A storm that is yet to begin.
+    /// A storm that is yet to begin, without events.
     pub fn new(calls: u64) -> Self {
+        Self::of(calls, false)
+    }
+
+    /// A storm in which every tenth call is an event: it runs once at most, and not at all if its sender was told
+    /// that it was not sent.
+    pub fn with_events(calls: u64) -> Self {
+        Self::of(calls, true)
+    }
+
+    fn of(calls: u64, events: bool) -> Self {
         let marks = || (0..calls).map(|_| AtomicU8::new(0)).collect();
         Self {
             inner: Arc::new(Inner {
                 calls,
+                events,
                 next: AtomicU64::new(0),
                 ended: AtomicU64::new(0),
                 ran: marks(),
@@ -80,7 +98,7 @@ impl Storm {
 
     /// The handlers it calls.
     pub fn handlers(&self) -> Vec<HandlerGroup> {
-        let note = |storm: &Self, number: u64| {
+        let note = |storm: &Storm, number: u64| {
             // The last call on each route is none of the storm.
             if let Some(ran) = storm.inner.ran.get(number as usize) {
                 ran.fetch_add(1, Ordering::Relaxed);
@@ -109,7 +127,19 @@ impl Storm {
                 Ok::<_, RpcError>(Streaming(replies))
             }
         });
-        vec![echo("echo"), echo("again"), streams]
+        let mut groups = vec![echo("echo"), echo("again"), streams];
+        if self.inner.events {
+            let storm = self.clone();
+            groups.push(event("storm.event", move |Data(number): Data<u64>| note(&storm, number)));
+        }
+        groups
+    }
+
+    /// How many events have run.
+    pub fn events_run(&self) -> u64 {
+        let numbered = self.inner.ran.iter().enumerate();
+        let events = numbered.filter(|(number, _)| self.inner.kind(*number as u64) == "event");
+        events.map(|(_, ran)| u64::from(ran.load(Ordering::Relaxed))).sum()
     }
 
     /// How many calls have ended.
@@ -149,8 +179,11 @@ impl Storm {
             if number >= self.inner.calls {
                 return;
             }
-            let result = call(client, number).await;
+            let of = self.inner.kind(number);
+            let result = call(client, of, number).await;
             let (kind, said) = match &result {
+                // Nobody says what became of it.
+                Ok(()) if of == "event" => ("sent", UNKNOWN),
                 Ok(()) => ("value", RAN),
                 Err(error) if error.is_not_sent() => (error.kind(), NOT_RUN),
                 Err(error @ (CallError::Lost { .. } | CallError::Timeout { .. })) => (error.kind(), UNKNOWN),
@@ -160,7 +193,7 @@ impl Storm {
             assert_eq!(before, 0, "call {number} has ended before");
             *self.inner.outcomes.lock().entry(kind).or_insert(0) += 1;
             self.inner.ended.fetch_add(1, Ordering::Relaxed);
-            if said != RAN {
+            if result.is_err() {
                 // Calls that fail at once do not use up the storm while nothing is there.
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
@@ -175,7 +208,7 @@ impl Storm {
     pub fn check_runs(&self) {
         for (number, (ran, said)) in self.inner.ran.iter().zip(&self.inner.said).enumerate() {
             let (ran, said) = (ran.load(Ordering::Relaxed), said.load(Ordering::Relaxed));
-            let kind = kind(number as u64);
+            let kind = self.inner.kind(number as u64);
             assert!(said != RAN || ran >= 1, "{kind} {number} has a value and never ran");
             // A call that is sent again may have run before.
             assert!(
@@ -187,8 +220,10 @@ impl Storm {
     }
 }
 
-async fn call(client: &ClientProxy, number: u64) -> Result<(), CallError> {
-    let kind = kind(number);
+async fn call(client: &ClientProxy, kind: &str, number: u64) -> Result<(), CallError> {
+    if kind == "event" {
+        return client.emit("storm.event", number).await;
+    }
     let call = client.send::<u64>(Pattern::from(format!("storm.{kind}")), number);
     match kind {
         "stream" => {

@@ -52,6 +52,11 @@ impl Broker {
         broker
     }
 
+    /// Replaces its configuration file; it holds when the broker is started again.
+    pub(crate) fn reconfigure(&self, config: &str) {
+        std::fs::write(self.directory.join("nats.conf"), config).unwrap();
+    }
+
     pub(crate) fn url(&self) -> String {
         format!("nats://127.0.0.1:{}", self.port)
     }

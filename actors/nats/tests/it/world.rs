@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A service and a client on a broker, and what the service reports.
 
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use martlet_core::{
-    ClientProxy, Data, HandlerGroup, Microservice, RpcError, RunningService, ServiceEvent, Streaming, message,
+    CallError, ClientProxy, Data, HandlerGroup, Microservice, RpcError, RunningService, ServiceEvent,
+    SessionErrorKind, StartError, Streaming, message,
 };
 use martlet_nats::{NatsClient, NatsClientOptions, NatsServer, NatsServerOptions};
 use parking_lot::Mutex;
@@ -95,6 +97,32 @@ pub(crate) fn failing() -> HandlerGroup {
         "unexpected" => Err(RpcError::unexpected("a secret")),
         _ => panic!("asked for"),
     })
+}
+
+/// Why a service with these options does not start.
+pub(crate) async fn start_error(options: NatsServerOptions) -> (SessionErrorKind, String) {
+    let service = Microservice::new().on_current_arbiter().handlers(sum()).server(NatsServer::new(options));
+    match service.start().await.unwrap_err() {
+        StartError::Transport { cause, .. } => (cause.kind(), cause.to_string()),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Why a call of a client with these options is not sent.
+pub(crate) async fn call_error(options: NatsClientOptions) -> (SessionErrorKind, String) {
+    let client = NatsClient::new(options);
+    let error = client.send::<i64>("sum", [1]).await.unwrap_err();
+    client.close().await;
+    match error {
+        CallError::NotSent { cause } => (cause.kind(), cause.to_string()),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A URL on which nobody listens.
+pub(crate) fn nobody_listens() -> String {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    format!("nats://127.0.0.1:{port}")
 }
 
 /// Waits until something holds; fails after ten seconds.

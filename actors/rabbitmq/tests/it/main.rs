@@ -2,6 +2,7 @@
 //! The RabbitMQ transporter against a real node, which the test binary starts.
 #![allow(clippy::unwrap_used)]
 
+mod config;
 mod conformance;
 mod messages;
 mod world;

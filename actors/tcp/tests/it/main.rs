@@ -7,6 +7,7 @@ mod cancel;
 mod conformance;
 mod connections;
 mod frames;
+mod golden;
 mod hostile;
 mod limits;
 mod storm;

@@ -9,55 +9,87 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use futures::future::join_all;
 use futures::stream;
+use martlet_core::codec::MessagePackCodec;
 use martlet_core::{CallError, ClientProxy, Data, Microservice, RpcError, RunningService, message};
-use martlet_tcp::{TcpClient, TcpClientOptions, TcpServer};
+use martlet_tcp::{
+    LengthDelimited, TcpClient, TcpClientOptions, TcpServer, TcpServerOptions, TlsClientOptions,
+    TlsServerOptions,
+};
 use martlet_testkit::conformance::quiet_deliberate_panics;
 use martlet_testkit::relay::Relay;
 use martlet_testkit::storm::{Storm, every_route_answers};
 use serde_json::Value;
 
-const CALLS: u64 = 100_000;
-const RESTARTS: u64 = 10;
 const GRACE: Duration = Duration::from_secs(5);
 
 fn client(port: u16, retry_attempts: u32) -> ClientProxy {
-    TcpClient::new(TcpClientOptions::new().address("127.0.0.1", port).with(|options| {
-        options.retry_attempts = retry_attempts;
-        options.retry_delay = Duration::from_millis(10);
-        options.timeout = Duration::from_secs(5);
-    }))
+    Line::default().client(port, retry_attempts)
+}
+
+/// What both ends of a line speak.
+#[derive(Default)]
+struct Line {
+    server: TcpServerOptions,
+    client: TcpClientOptions,
+}
+
+impl Line {
+    fn message_pack() -> Self {
+        Self {
+            server: TcpServerOptions::new().codec(MessagePackCodec).framing(LengthDelimited),
+            client: TcpClientOptions::new().codec(MessagePackCodec).framing(LengthDelimited),
+        }
+    }
+
+    fn tls() -> Self {
+        let pair = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+        let (cert, key) = (pair.cert.pem(), pair.signing_key.serialize_pem());
+        Self {
+            server: TcpServerOptions::new().tls(TlsServerOptions::new(key, cert.as_str())),
+            client: TcpClientOptions::new().tls(TlsClientOptions::new(cert)),
+        }
+    }
+
+    fn client(&self, port: u16, retry_attempts: u32) -> ClientProxy {
+        TcpClient::new(self.client.clone().address("127.0.0.1", port).with(|options| {
+            options.retry_attempts = retry_attempts;
+            options.retry_delay = Duration::from_millis(10);
+            options.timeout = Duration::from_secs(5);
+        }))
+    }
+
+    async fn start(&self, storm: &Storm, port: u16) -> RunningService {
+        let server = TcpServer::new(self.server.clone().address("127.0.0.1", port));
+        let mut service = Microservice::new().arbiters(1).server(server);
+        for group in storm.handlers() {
+            service = service.handlers(group);
+        }
+        service.start().await.unwrap()
+    }
 }
 
 fn port(service: &RunningService) -> u16 {
     service.url().rsplit_once(':').unwrap().1.parse().unwrap()
 }
 
-async fn start(storm: &Storm, port: u16) -> RunningService {
-    let mut service = Microservice::new().arbiters(1).server(TcpServer::bind("127.0.0.1", port));
-    for group in storm.handlers() {
-        service = service.handlers(group);
-    }
-    service.start().await.unwrap()
-}
-
-#[actix::test]
-async fn a_hundred_thousand_calls_survive_cuts_and_ten_restarts_of_the_service() {
+/// So many calls, a tenth of them events, while lines are cut and the service is stopped and started again.
+async fn storm(line: Line, calls: u64, restarts: u64) {
     let begin = Instant::now();
-    let storm = Storm::new(CALLS);
-    let mut service = start(&storm, 0).await;
+    let storm = Storm::with_events(calls);
+    let mut service = line.start(&storm, 0).await;
     let port = port(&service);
     let relays: Vec<Relay> = (0..3).map(|_| Relay::start(port)).collect();
     // One does not wait for its connection, one has no relay between.
     let clients = [
-        client(relays[0].port(), 500),
-        client(relays[1].port(), 500),
-        client(relays[2].port(), 0),
-        client(port, 500),
+        line.client(relays[0].port(), 500),
+        line.client(relays[1].port(), 500),
+        line.client(relays[2].port(), 0),
+        line.client(port, 500),
     ];
     let chaos = async {
         let mut cut = 0;
-        for restart in 1..=RESTARTS {
-            while storm.ended() < restart * CALLS / (RESTARTS + 1) {
+        for restart in 1..=restarts {
+            while storm.ended() < restart * calls / (restarts + 1) {
                 tokio::time::sleep(Duration::from_millis(11 + cut as u64 * 7 % 90)).await;
                 relays[[0, 1, 2, 1, 0, 2, 2][cut % 7]].cut_one(cut);
                 cut += 1;
@@ -69,7 +101,7 @@ async fn a_hundred_thousand_calls_survive_cuts_and_ten_restarts_of_the_service()
             // A relay would take connections for a service that is not there.
             relays.iter().for_each(Relay::close);
             tokio::time::sleep(Duration::from_millis(restart * 13 % 100)).await;
-            service = start(&storm, port).await;
+            service = line.start(&storm, port).await;
             relays.iter().for_each(Relay::open);
         }
         cut
@@ -84,10 +116,27 @@ async fn a_hundred_thousand_calls_survive_cuts_and_ten_restarts_of_the_service()
     assert!(report.clean, "{report:?}");
     storm.check_runs();
     let took = begin.elapsed();
-    eprintln!("{outcomes:?}; {RESTARTS} restarts, {cuts} cuts; {took:.1?}");
-    assert!(outcomes["value"] > CALLS / 2, "{outcomes:?}");
+    let events = storm.events_run();
+    eprintln!("{outcomes:?}, {events} events ran; {restarts} restarts, {cuts} cuts; {took:.1?}");
+    assert!(outcomes["value"] > calls / 2, "{outcomes:?}");
     assert!(outcomes.contains_key("lost"), "{outcomes:?}");
+    assert!(events > calls / 20, "{events} events of {}", calls / 10);
     assert!(took < Duration::from_secs(120), "{took:?}");
+}
+
+#[actix::test]
+async fn a_hundred_thousand_calls_survive_cuts_and_ten_restarts_of_the_service() {
+    storm(Line::default(), 100_000, 10).await;
+}
+
+#[actix::test]
+async fn a_storm_in_message_pack_is_survived() {
+    storm(Line::message_pack(), 30_000, 4).await;
+}
+
+#[actix::test]
+async fn a_storm_over_tls_is_survived() {
+    storm(Line::tls(), 30_000, 4).await;
 }
 
 /// Half of them panic over payloads that are all different, half over one payload with the rule for poisonous

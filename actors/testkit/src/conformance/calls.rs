@@ -86,6 +86,8 @@ pub async fn a_stream_times_out_between_replies<H: Harness>(harness: H) {
     });
     let cancels = harness.features().cancel;
     let stage = Stage::new(harness, small().handlers(group)).await;
+    // Connecting may take longer than that.
+    stage.client.connect().await.unwrap();
     let limit = Duration::from_millis(60);
     let mut replies = stage.client.send::<u64>(names.of("ticks"), 1).timeout(limit).stream();
     for _ in 0..4 {

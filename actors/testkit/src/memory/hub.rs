@@ -144,7 +144,7 @@ impl Hub {
 
     fn settle(&mut self, tag: u64, settlement: Settlement) {
         match settlement {
-            Settlement::Done => self.counts.done += 1,
+            Settlement::Done | Settlement::Finished => self.counts.done += 1,
             Settlement::Failed => self.counts.failed += 1,
             Settlement::Unhandled => self.counts.unhandled += 1,
             Settlement::DeadLetter => self.counts.dead_lettered += 1,
