@@ -2,7 +2,9 @@
 //! The RabbitMQ transporter against a real node, which the test binary starts.
 #![allow(clippy::unwrap_used)]
 
+mod acks;
 mod config;
 mod conformance;
 mod messages;
+mod raw;
 mod world;
