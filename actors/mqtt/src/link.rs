@@ -255,25 +255,20 @@ impl Link {
         mut options: PublishOptions,
         request: Option<PacketId>,
     ) -> Result<(), String> {
-        if options.retain && self.broker.no_retain {
-            payload.clear();
-            return Err("the broker does not keep retained messages".to_owned());
-        }
         // MQTT-10: a broker that offers less gets less.
         let best = self.broker.max_qos.map_or(MqttQos::ExactlyOnce, driver::qos_of);
         options.qos = options.qos.min(best);
         if options.qos == MqttQos::AtMostOnce {
             let start = self.output.len();
-            let written = self.put(|version, out| version.publish(topic, payload, 0, &options, out));
+            let written = self.write_checked(topic, payload, &options);
+            if written.is_err() {
+                self.output.truncate(start);
+            }
             payload.clear();
-            written?;
-            return self.check_size(start);
+            return written;
         }
-        // Held against the broker's bound before it is taken.
-        let start = self.output.len();
-        let written = self.put(|version, out| version.publish(topic, payload, 1, &options, out));
-        let fits = written.and_then(|()| self.check_size(start));
-        self.output.truncate(start);
+        // Held against the broker's bounds before it is taken.
+        let fits = self.check(topic.concat().as_slice(), payload, &options);
         let payload = payload.split().freeze();
         fits?;
         let topic = Bytes::from(topic.concat());
@@ -282,12 +277,33 @@ impl Link {
         Ok(())
     }
 
-    /// Takes a packet back that is larger than the broker takes.
-    fn check_size(&mut self, start: usize) -> Result<(), String> {
+    /// Whether the broker takes such a message.
+    pub(crate) fn check(
+        &mut self,
+        topic: &[u8],
+        payload: &[u8],
+        options: &PublishOptions,
+    ) -> Result<(), String> {
+        let start = self.output.len();
+        let written = self.write_checked([topic, &[]], payload, options);
+        self.output.truncate(start);
+        written
+    }
+
+    fn write_checked(
+        &mut self,
+        topic: [&[u8]; 2],
+        payload: &[u8],
+        options: &PublishOptions,
+    ) -> Result<(), String> {
+        if options.retain && self.broker.no_retain {
+            return Err("the broker does not keep retained messages".to_owned());
+        }
+        let start = self.output.len();
+        self.version.publish(topic, payload, 1, options, &mut self.output)?;
         let size = self.output.len() - start;
         match self.broker.max_packet_size {
             Some(limit) if size > limit as usize => {
-                self.output.truncate(start);
                 Err(format!("a packet of {size} bytes exceeds what the broker takes, {limit}"))
             }
             _ => Ok(()),

@@ -87,6 +87,12 @@ impl Replies {
         }
     }
 
+    /// Whether requests to a route need not wait.
+    pub(crate) fn is_subscribed(&self, route: &Route) -> bool {
+        let topic = self.by_route.get(route).and_then(|key| self.topics.get(*key));
+        topic.is_some_and(|topic| matches!(topic.state, State::Subscribed))
+    }
+
     /// A request is to be sent.
     pub(crate) fn request(&mut self, id: PacketId, message: OutboundMessage) -> Next {
         self.prefix = Some(prefix_of(&id));

@@ -161,19 +161,29 @@ impl Shared {
         self.link.subscribe(&filter, options, identifier, Control::Route(route.clone()))
     }
 
-    /// Sends a request or event.
-    fn send(&mut self, message: &OutboundMessage) -> Result<(), String> {
+    /// Writes the payload of a request or event into `scratch`.
+    fn encode<'a>(&mut self, message: &'a OutboundMessage) -> Result<(PublishOptions, &'a str), String> {
         let v5 = self.link.version.is_v5();
         let options = PublishOptions::read(&message.headers, &self.settings.user_properties, v5)?;
         wire::encode_request(&*self.settings.codec, message, &mut self.scratch)?;
-        let topic = message.pattern.route().as_str().as_bytes();
-        self.link.publish([topic, &[]], &mut self.scratch, options, message.id)
+        Ok((options, message.pattern.route().as_str()))
+    }
+
+    /// Sends a request or event.
+    fn send(&mut self, message: &OutboundMessage) -> Result<(), String> {
+        let (options, topic) = self.encode(message)?;
+        self.link.publish([topic.as_bytes(), &[]], &mut self.scratch, options, message.id)
     }
 
     fn request(&mut self, mut message: OutboundMessage) -> Result<(), String> {
         message.put_timeout();
         // Always present on requests.
         let Some(id) = message.id else { return Ok(()) };
+        if !self.replies.is_subscribed(message.pattern.route()) {
+            // It is going to wait: what cannot be sent is refused now.
+            let (options, topic) = self.encode(&message)?;
+            self.link.check(topic.as_bytes(), &self.scratch, &options)?;
+        }
         match self.replies.request(id, message) {
             Next::Publish(message) => {
                 let sent = self.send(&message);

@@ -3,5 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod calls;
+mod config;
 mod conformance;
+mod messages;
+mod raw;
 mod world;
