@@ -112,11 +112,12 @@ async fn without_acknowledgement_there_is_nothing_to_settle() {
 async fn what_nobody_handles_or_can_read_is_dead_lettered() {
     let broker = shared_broker();
     let (raw, queue, dead, options) = with_dead_letters(&broker).await;
-    let group = event("work", async |Ctx(context): Ctx<RmqContext>| {
-        context.ack().map_err(RpcError::unexpected)
-    });
+    let group =
+        event("work", async |Ctx(context): Ctx<RmqContext>| context.ack().map_err(RpcError::unexpected));
     let (service, _) = serve(acknowledging(&broker, &queue).queue_options(options), [group]).await;
-    for body in [r#"{"pattern":"other","data":1}"#, "not JSON", "5", r#"{"pattern":"other","data":1,"id":"1"}"#] {
+    for body in
+        [r#"{"pattern":"other","data":1}"#, "not JSON", "5", r#"{"pattern":"other","data":1,"id":"1"}"#]
+    {
         raw.publish(&queue, body, lapin::BasicProperties::default()).await;
     }
     until_waiting(&raw, &dead, 4).await;
@@ -141,8 +142,7 @@ async fn a_policy_settles_what_its_handler_did_not() {
         let runs = Failures::default();
         let server = acknowledging(&broker, &queue).queue_options(options.clone()).on_failure(policy);
         let (service, _) = serve(server, [failing_times(failures, &runs)]).await;
-        let client =
-            martlet_rabbitmq::RmqClient::new(client_options(&broker, &queue).queue_options(options));
+        let client = martlet_rabbitmq::RmqClient::new(client_options(&broker, &queue).queue_options(options));
         client.emit("work", 1).await.unwrap();
         until("it has run", || runs.load(Ordering::Relaxed) == runs_expected).await;
         until_waiting(&raw, &dead, dead_expected).await;
@@ -187,7 +187,8 @@ async fn a_handler_that_settles_by_itself_is_not_settled_again() {
         // It fails all the same.
         if acks { Err(RpcError::message("failed")) } else { Ok(()) }
     });
-    let server = acknowledging(&broker, &queue).queue_options(options.clone()).on_failure(FailurePolicy::DeadLetter);
+    let server =
+        acknowledging(&broker, &queue).queue_options(options.clone()).on_failure(FailurePolicy::DeadLetter);
     let (service, reports) = serve(server, [group]).await;
     let client = martlet_rabbitmq::RmqClient::new(client_options(&broker, &queue).queue_options(options));
     for acks in [true, false, true, false] {

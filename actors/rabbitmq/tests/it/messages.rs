@@ -14,8 +14,8 @@ use serde_json::json;
 
 use crate::raw::Raw;
 use crate::world::{
-    GRACE, client, client_options, failing, serve, server_options, shared_broker, slow, streaming, sum, sum_object,
-    unique, until,
+    GRACE, client, client_options, failing, serve, server_options, shared_broker, slow, streaming, sum,
+    sum_object, unique, until,
 };
 
 fn counting(pattern: &str, count: &Arc<AtomicU64>) -> HandlerGroup {
@@ -76,10 +76,14 @@ async fn a_record_has_headers_and_properties() {
     let broker = shared_broker();
     let queue = unique("record");
     let (service, _) = serve(server_options(&broker, &queue), [seen("seen")]).await;
-    let client = RmqClient::new(client_options(&broker, &queue).headers([("x-v", "1"), ("x-over", "client")]));
+    let client =
+        RmqClient::new(client_options(&broker, &queue).headers([("x-v", "1"), ("x-over", "client")]));
     let plain: serde_json::Value = client.send("seen", 1).await.unwrap();
     assert_eq!(plain["headers"], json!({"x-v": "1", "x-over": "client"}));
-    assert_eq!((&plain["mode"], &plain["key"], &plain["pattern"]), (&json!(1), &json!(queue), &json!("seen")));
+    assert_eq!(
+        (&plain["mode"], &plain["key"], &plain["pattern"]),
+        (&json!(1), &json!(queue), &json!("seen"))
+    );
     let body: serde_json::Value = serde_json::from_str(plain["content"].as_str().unwrap()).unwrap();
     assert_eq!((&body["pattern"], &body["data"]), (&json!("seen"), &json!(1)));
     let mut options = RmqRecordOptions::new();
@@ -148,7 +152,10 @@ async fn direct_and_headers_exchanges_are_bound_by_their_options() {
             raw.publish_to(&exchange, "a.key", body, raw.asking("c1")).await;
             let reply = replies.next().await;
             let reply: serde_json::Value = serde_json::from_slice(&reply.data).unwrap();
-            assert_eq!((&reply["response"]["exchange"], &reply["response"]["key"]), (&json!(exchange), &json!("a.key")));
+            assert_eq!(
+                (&reply["response"]["exchange"], &reply["response"]["key"]),
+                (&json!(exchange), &json!("a.key"))
+            );
         }
         client.close().await;
         service.stop(GRACE).await;
@@ -251,20 +258,29 @@ async fn what_is_no_packet_is_reported_and_disturbs_nobody() {
         for body in ["hello", "", "{\"pattern\":", "[1,2", "\u{0}\u{1}"] {
             raw.publish(&queue, body, plain.clone()).await;
         }
-        for body in ["{\"a\":1}", "5", "null", "[]", "{\"pattern\":\"nobody\"}", "{\"pattern\":\"sum\",\"id\":\"1\"}"] {
+        for body in
+            ["{\"a\":1}", "5", "null", "[]", "{\"pattern\":\"nobody\"}", "{\"pattern\":\"sum\",\"id\":\"1\"}"]
+        {
             raw.publish(&queue, body, plain.clone()).await;
         }
-        let odd = plain.with_content_type("application/x-unknown".into()).with_content_encoding("gzip".into());
+        let odd =
+            plain.with_content_type("application/x-unknown".into()).with_content_encoding("gzip".into());
         raw.publish(&queue, "\u{1f}\u{8b}", odd).await;
-        let deep = format!("{{\"pattern\":\"sum\",\"data\":{}1{},\"id\":\"1\"}}", "[".repeat(5000), "]".repeat(5000));
+        let deep = format!(
+            "{{\"pattern\":\"sum\",\"data\":{}1{},\"id\":\"1\"}}",
+            "[".repeat(5000),
+            "]".repeat(5000)
+        );
         raw.publish(&queue, &deep, raw.asking("deep")).await;
         let huge = format!("{{\"pattern\":\"sum\",\"data\":\"{}\"}}", "x".repeat(8 << 20));
         raw.publish(&queue, &huge, BasicProperties::default()).await;
     };
     let (slow, ()) = futures::join!(slow, others);
     assert_eq!(slow.unwrap(), 300);
-    until("every text is reported", || reports.all().iter().filter(|line| line.contains("routing key")).count() >= 6)
-        .await;
+    until("every text is reported", || {
+        reports.all().iter().filter(|line| line.contains("routing key")).count() >= 6
+    })
+    .await;
     until("the unknown ones are, too", || reports.contain("nobody") && reports.contain("undefined")).await;
     assert_eq!(client.send::<i64>("sum", [1, 2]).await.unwrap(), 3);
     client.close().await;

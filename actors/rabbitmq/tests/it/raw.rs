@@ -41,7 +41,13 @@ impl Raw {
         self.publish_to("", queue, body, properties).await;
     }
 
-    pub(crate) async fn publish_to(&self, exchange: &str, key: &str, body: &str, properties: BasicProperties) {
+    pub(crate) async fn publish_to(
+        &self,
+        exchange: &str,
+        key: &str,
+        body: &str,
+        properties: BasicProperties,
+    ) {
         let options = BasicPublishOptions::default();
         self.channel
             .basic_publish(exchange.into(), key.into(), options, body.as_bytes(), properties)
@@ -51,7 +57,9 @@ impl Raw {
 
     /// The properties of a request, once replies are taken.
     pub(crate) fn asking(&self, correlation: &str) -> BasicProperties {
-        BasicProperties::default().with_reply_to(DIRECT_REPLY_TO.into()).with_correlation_id(correlation.into())
+        BasicProperties::default()
+            .with_reply_to(DIRECT_REPLY_TO.into())
+            .with_correlation_id(correlation.into())
     }
 
     pub(crate) async fn replies(&self) -> Arrivals {
@@ -60,8 +68,11 @@ impl Raw {
 
     pub(crate) async fn consume(&self, queue: &str) -> Arrivals {
         let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
-        let consumer =
-            self.channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await.unwrap();
+        let consumer = self
+            .channel
+            .basic_consume(queue.into(), "".into(), options, FieldTable::default())
+            .await
+            .unwrap();
         Arrivals(Mutex::new(Some(consumer)))
     }
 
@@ -73,7 +84,8 @@ impl Raw {
     /// How many messages wait in a queue, those delivered and not acknowledged not counted.
     pub(crate) async fn waiting(&self, queue: &str) -> u32 {
         let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let declared = self.channel.queue_declare(queue.into(), options, FieldTable::default()).await.unwrap();
+        let declared =
+            self.channel.queue_declare(queue.into(), options, FieldTable::default()).await.unwrap();
         declared.message_count()
     }
 
