@@ -249,10 +249,11 @@ fn main() -> ExitCode {
         example::build();
     }
     actix_rt::System::new().block_on(async {
+        let brokers = Rc::new(Brokers::default());
         for (name, body) in golden {
-            run.one(name.to_owned(), body()).await;
+            run.one(name.to_owned(), body(Rc::clone(&brokers))).await;
         }
-        run_pairs(&mut run, &selected).await;
+        run_pairs(&mut run, &brokers, &selected).await;
     });
     let filtered_out = all_tests().len() + vectors::all().len() - run.passed.len() - run.failed.len();
     if filtered_out == 0 && run.failed.is_empty() {
@@ -271,14 +272,13 @@ fn main() -> ExitCode {
 }
 
 /// Runs the tests of each pair on the same peers.
-async fn run_pairs(run: &mut Run, tests: &[Test]) {
+async fn run_pairs(run: &mut Run, brokers: &Rc<Brokers>, tests: &[Test]) {
     let same = |one: &Test, other: &Test| {
         (one.transport, one.version, one.direction) == (other.transport, other.version, other.direction)
     };
-    let brokers = Rc::new(Brokers::default());
     for tests in tests.chunk_by(same) {
         let (transport, version, direction) = (tests[0].transport, tests[0].version, tests[0].direction);
-        let started = guarded(Pair::start(&brokers, version, transport, direction)).await;
+        let started = guarded(Pair::start(brokers, version, transport, direction)).await;
         let pair = match started {
             Ok(pair) => pair,
             Err(reason) => {

@@ -22,6 +22,11 @@ use crate::service::{Process, Service, cmd};
 use crate::wire::{Nobody, Transport};
 use crate::{behaviours, everywhere, on_tcp, with_broker};
 
+/// Once per transport: its modes do the same when a process dies.
+fn in_the_main_mode(_: u32, transport: Transport) -> bool {
+    !matches!(transport, Transport::RedisWildcards | Transport::RmqWildcards | Transport::Mqtt5)
+}
+
 /// Restarting a broker that takes seconds is done once per transport, not per mode.
 fn where_brokers_restart(version: u32, transport: Transport) -> bool {
     with_broker(version, transport) && !matches!(transport, Transport::RmqAcks | Transport::RmqWildcards)
@@ -29,8 +34,8 @@ fn where_brokers_restart(version: u32, transport: Transport) -> bool {
 
 behaviours! { TO_MARTLET:
     "TLS" [on_tcp] tls_service,
-    "the client is killed in mid-call" [everywhere] client_killed,
-    "the service is killed in mid-call" [everywhere] service_killed,
+    "the client is killed in mid-call" [in_the_main_mode] client_killed,
+    "the service is killed in mid-call" [in_the_main_mode] service_killed,
     "the service stops at once in mid-call" [on_tcp] service_stops_at_once,
     "the service goes away and comes back" [on_tcp] service_returns,
     "the service drains under load: no request handled whose reply does not arrive" [everywhere] drained_under_load,
@@ -42,9 +47,9 @@ behaviours! { TO_MARTLET:
 
 behaviours! { TO_NEST:
     "TLS" [on_tcp] tls_client,
-    "the service is killed in mid-call" [everywhere] nest_killed,
-    "the service is closed under load: each call has one outcome" [everywhere] nest_closed_under_load,
-    "the service goes away and comes back" [everywhere] nest_returns,
+    "the service is killed in mid-call" [in_the_main_mode] nest_killed,
+    "the service is closed under load: each call has one outcome" [in_the_main_mode] nest_closed_under_load,
+    "the service goes away and comes back" [in_the_main_mode] nest_returns,
     "the broker restarts in mid-call" [where_brokers_restart] broker_restarts_under_our_client,
     "a reply above our maxBufferSize" [on_tcp] oversized_reply,
 }
