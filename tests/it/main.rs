@@ -7,4 +7,6 @@ mod brokers;
 #[cfg(all(feature = "cli", feature = "tcp"))]
 mod cli;
 mod config;
+#[cfg(all(feature = "tcp", feature = "redis", feature = "mqtt"))]
+mod together;
 mod url;

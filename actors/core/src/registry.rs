@@ -4,6 +4,7 @@
 //! It builds the replicas of a group on their arbiters, refuses two message handlers for one pattern, and
 //! publishes a new immutable [`RouteTable`] per transporter on each change. Sessions never ask it anything.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -19,9 +20,7 @@ use crate::handler::{EscalateFn, HandlerGroup, Placement, ReplicaContext};
 use crate::interceptor::Interceptor;
 use crate::pattern::Route;
 use crate::replica::{BUILD_TIMEOUT, HandlerActor};
-use crate::route::{
-    HandlerInfo, HandlerKind, HandlerRef, HandlerReport, HandlerStats, Replicas, RouteEntry, RouteTable,
-};
+use crate::route::{HandlerInfo, HandlerKind, HandlerRef, HandlerReport, HandlerStats, Replicas, RouteTable};
 use crate::supervise::{Child, Escalation};
 use crate::transport::{TransportId, TransportInfo};
 
@@ -56,7 +55,8 @@ impl Registry {
             child,
             global,
             escalate,
-            groups: Vec::new(),
+            groups: BTreeMap::new(),
+            messages: HashMap::new(),
             tables: HashMap::new(),
             transports: Vec::new(),
             next: 0,
@@ -112,7 +112,10 @@ pub(crate) struct RegistryActor {
     child: Child,
     global: Arc<[Arc<dyn Interceptor>]>,
     escalate: EscalateFn,
-    groups: Vec<Registered>,
+    /// In registration order.
+    groups: BTreeMap<u64, Registered>,
+    /// The message handlers of each route: one, or one for each of several transporters.
+    messages: HashMap<Route, Vec<Arc<HandlerRef>>>,
     tables: HashMap<TransportId, watch::Sender<Arc<RouteTable>>>,
     /// What the servers speak.
     transports: Vec<TransportInfo>,
@@ -120,7 +123,6 @@ pub(crate) struct RegistryActor {
 }
 
 struct Registered {
-    id: RegistrationId,
     handlers: Vec<Arc<HandlerRef>>,
     /// Their place in the tree, kept as long as they are routed.
     _children: Vec<Child>,
@@ -169,11 +171,15 @@ impl Handler<Register> for RegistryActor {
             Arc::clone(&self.global),
         );
         AtomicResponse::new(Box::pin(build.into_actor(self).map_ok(|(handlers, children), actor, _| {
-            let id = RegistrationId(actor.next);
+            let id = actor.next;
             actor.next += 1;
-            actor.groups.push(Registered { id, handlers, _children: children });
-            actor.publish();
-            id
+            for handler in handlers.iter().filter(|handler| handler.info.kind == HandlerKind::Message) {
+                let route = handler.info.pattern.route().clone();
+                actor.messages.entry(route).or_default().push(Arc::clone(handler));
+            }
+            actor.publish(&[], &handlers);
+            actor.groups.insert(id, Registered { handlers, _children: children });
+            RegistrationId(id)
         })))
     }
 }
@@ -183,13 +189,18 @@ impl Handler<Unregister> for RegistryActor {
 
     fn handle(&mut self, Unregister { id }: Unregister, _ctx: &mut Self::Context) -> Self::Result {
         AtomicResponse::new(Box::pin(async {}.into_actor(self).map(move |(), actor, _| {
-            let before = actor.groups.len();
-            actor.groups.retain(|group| group.id != id);
-            let found = actor.groups.len() < before;
-            if found {
-                actor.publish();
+            let Some(group) = actor.groups.remove(&id.0) else { return false };
+            for handler in &group.handlers {
+                let route = handler.info.pattern.route();
+                if let Some(messages) = actor.messages.get_mut(route) {
+                    messages.retain(|message| !Arc::ptr_eq(message, handler));
+                    if messages.is_empty() {
+                        actor.messages.remove(route);
+                    }
+                }
             }
-            found
+            actor.publish(&group.handlers, &[]);
+            true
         })))
     }
 }
@@ -198,7 +209,7 @@ impl Handler<Watch> for RegistryActor {
     type Result = actix::MessageResult<Watch>;
 
     fn handle(&mut self, Watch { transport }: Watch, _ctx: &mut Self::Context) -> Self::Result {
-        let infos = self.groups.iter().flat_map(|group| &group.handlers).map(|handler| &handler.info);
+        let infos = self.handlers().map(|handler| &handler.info);
         if let Err(error) = check_policies(infos, &transport) {
             return actix::MessageResult(Err(error));
         }
@@ -206,9 +217,12 @@ impl Handler<Watch> for RegistryActor {
         if !self.transports.iter().any(|known| known.id == id && known.settles == transport.settles) {
             self.transports.push(transport);
         }
-        let table = Arc::new(self.table(id));
-        let sender = self.tables.entry(id).or_insert_with(|| watch::Sender::new(Arc::default()));
-        sender.send_replace(table);
+        if !self.tables.contains_key(&id) {
+            let handlers = self.handlers().filter(|handler| serves(handler, id));
+            let table = RouteTable::default().changed([], handlers);
+            self.tables.insert(id, watch::Sender::new(Arc::new(table)));
+        }
+        let sender = &self.tables[&id];
         actix::MessageResult(Ok(sender.subscribe()))
     }
 }
@@ -217,18 +231,25 @@ impl Handler<Report> for RegistryActor {
     type Result = Vec<HandlerReport>;
 
     fn handle(&mut self, _: Report, _ctx: &mut Self::Context) -> Self::Result {
-        self.groups.iter().flat_map(|group| &group.handlers).map(|handler| handler.report()).collect()
+        self.handlers().map(|handler| handler.report()).collect()
     }
 }
 
 impl RegistryActor {
+    fn handlers(&self) -> impl Iterator<Item = &Arc<HandlerRef>> {
+        self.groups.values().flat_map(|group| &group.handlers)
+    }
+
     /// Refuses a second message handler for a route, wherever both would be reachable.
     fn check(&self, groups: &[HandlerGroup]) -> Result<(), StartError> {
-        let mut have: HashMap<&Route, Vec<&crate::route::HandlerInfo>> = HashMap::new();
-        let registered = self.groups.iter().flat_map(|group| &group.handlers).map(|handler| &handler.info);
+        let mut have: HashMap<&Route, Vec<&HandlerInfo>> = HashMap::new();
         let new = groups.iter().flat_map(HandlerGroup::handlers);
-        for info in registered.chain(new).filter(|info| info.kind == HandlerKind::Message) {
-            let others = have.entry(info.pattern.route()).or_default();
+        for info in new.filter(|info| info.kind == HandlerKind::Message) {
+            let route = info.pattern.route();
+            let others = have.entry(route).or_insert_with(|| {
+                let registered = self.messages.get(route).into_iter().flatten();
+                registered.map(|handler| &handler.info).collect()
+            });
             let clash = others.iter().find(|other| match (other.transport, info.transport) {
                 (Some(one), Some(two)) => one == two,
                 _ => true,
@@ -255,41 +276,24 @@ impl RegistryActor {
         Ok(())
     }
 
-    fn publish(&mut self) {
-        let transports: Vec<_> = self.tables.keys().copied().collect();
-        for transport in transports {
-            let table = Arc::new(self.table(transport));
-            if let Some(sender) = self.tables.get(&transport) {
-                sender.send_replace(table);
+    fn publish(&self, removed: &[Arc<HandlerRef>], added: &[Arc<HandlerRef>]) {
+        for (transport, sender) in &self.tables {
+            let of_it = |handlers: &'_ [Arc<HandlerRef>]| {
+                handlers.iter().filter(|handler| serves(handler, *transport)).cloned().collect::<Vec<_>>()
+            };
+            let (removed, added) = (of_it(removed), of_it(added));
+            if removed.is_empty() && added.is_empty() {
+                continue;
             }
+            let table = sender.borrow().changed(&removed, &added);
+            sender.send_replace(Arc::new(table));
         }
     }
+}
 
-    /// The routes that a transporter serves, in registration order.
-    fn table(&self, transport: TransportId) -> RouteTable {
-        let mut index: HashMap<Route, usize> = HashMap::new();
-        let mut entries: Vec<RouteEntry> = Vec::new();
-        let handlers = self.groups.iter().flat_map(|group| &group.handlers);
-        for handler in handlers.filter(|handler| handler.info.transport.is_none_or(|only| only == transport))
-        {
-            let route = handler.info.pattern.route();
-            let at = *index.entry(route.clone()).or_insert_with(|| {
-                entries.push(RouteEntry {
-                    route: route.clone(),
-                    index: 0,
-                    pattern: handler.info.pattern.clone(),
-                    message: None,
-                    events: Vec::new(),
-                });
-                entries.len() - 1
-            });
-            match handler.info.kind {
-                HandlerKind::Message => entries[at].message = Some(Arc::clone(handler)),
-                HandlerKind::Event => entries[at].events.push(Arc::clone(handler)),
-            }
-        }
-        RouteTable::build(entries)
-    }
+/// Whether a handler serves a transporter.
+fn serves(handler: &HandlerRef, transport: TransportId) -> bool {
+    handler.info.transport.is_none_or(|only| only == transport)
 }
 
 /// Refuses a handler's failure policy that a transporter which serves it cannot honour.

@@ -127,17 +127,42 @@ impl fmt::Debug for HandlerRef {
 }
 
 /// One route: who answers it, who hears it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct RouteEntry {
     pub(crate) route: Route,
     /// Its place in the table.
     pub(crate) index: u32,
+    /// The raw spellings that NestJS clients send.
+    spellings: Arc<[Arc<[u8]>]>,
     pub(crate) pattern: Pattern,
     pub(crate) message: Option<Arc<HandlerRef>>,
     pub(crate) events: Vec<Arc<HandlerRef>>,
 }
 
 impl RouteEntry {
+    /// A route that nobody handles yet, of a handler's pattern.
+    fn of(pattern: &Pattern) -> Self {
+        let route = pattern.route().clone();
+        let spellings = route.raw_spellings().into_iter().map(Arc::from).collect();
+        Self { route, index: NOWHERE, spellings, pattern: pattern.clone(), message: None, events: Vec::new() }
+    }
+
+    fn add(&mut self, handler: &Arc<HandlerRef>) {
+        match handler.info.kind {
+            HandlerKind::Message => self.message = Some(Arc::clone(handler)),
+            HandlerKind::Event => self.events.push(Arc::clone(handler)),
+        }
+    }
+
+    fn remove(&mut self, handler: &Arc<HandlerRef>) {
+        self.message.take_if(|mine| Arc::ptr_eq(mine, handler));
+        self.events.retain(|mine| !Arc::ptr_eq(mine, handler));
+    }
+
+    fn is_empty(&self) -> bool {
+        self.message.is_none() && self.events.is_empty()
+    }
+
     /// The route.
     pub fn route(&self) -> &Route {
         &self.route
@@ -156,68 +181,194 @@ impl RouteEntry {
 }
 
 /// An immutable table of routes.
+///
+/// A changed table shares the bulk of the one before: what has changed since lies over it, and is worked into a new
+/// bulk when it has become too much. So a change costs about the square root of the number of routes, and looking up
+/// is one step more only while something lies over.
 #[derive(Debug, Default)]
 pub struct RouteTable {
+    bulk: Arc<Bulk>,
+    recent: Recent,
+    len: usize,
+}
+
+#[derive(Debug, Default)]
+struct Bulk {
     routes: HashMap<Route, Arc<RouteEntry>>,
-    /// The raw spellings that NestJS clients send, so that the usual look-up parses nothing.
-    spellings: HashMap<Box<[u8]>, Arc<RouteEntry>>,
-    /// By place: in registration order, for subscriptions.
-    entries: Vec<Arc<RouteEntry>>,
+    /// By raw spelling, so that the usual look-up parses nothing.
+    spellings: HashMap<Arc<[u8]>, Arc<RouteEntry>>,
+    /// By index: in registration order, for subscriptions. Route and pattern of an entry hold; who handles it may have
+    /// changed since.
+    order: Vec<Arc<RouteEntry>>,
+}
+
+/// What is not, or no more, as the bulk has it; `None` for a route that is gone.
+#[derive(Debug, Default, Clone)]
+struct Recent {
+    routes: HashMap<Route, Option<Arc<RouteEntry>>>,
+    spellings: HashMap<Arc<[u8]>, Option<Arc<RouteEntry>>>,
+    /// Goes on where the bulk's ends.
+    order: Vec<Arc<RouteEntry>>,
+}
+
+/// The index of an entry that has no place yet.
+const NOWHERE: u32 = u32::MAX;
+
+impl Recent {
+    fn size(&self) -> usize {
+        self.routes.len().max(self.order.len())
+    }
+
+    fn set(&mut self, route: Route, spellings: &[Arc<[u8]>], entry: Option<Arc<RouteEntry>>) {
+        for spelling in spellings {
+            self.spellings.insert(Arc::clone(spelling), entry.clone());
+        }
+        self.routes.insert(route, entry);
+    }
+}
+
+impl Bulk {
+    fn of(entries: impl Iterator<Item = RouteEntry>) -> Self {
+        let mut bulk = Self::default();
+        for (index, mut entry) in entries.enumerate() {
+            entry.index = index as u32;
+            let entry = Arc::new(entry);
+            for spelling in entry.spellings.iter() {
+                bulk.spellings.insert(Arc::clone(spelling), Arc::clone(&entry));
+            }
+            bulk.order.push(Arc::clone(&entry));
+            bulk.routes.insert(entry.route.clone(), entry);
+        }
+        bulk
+    }
+
+    /// How much may lie over it.
+    fn bears(&self) -> usize {
+        2 * self.routes.len().isqrt()
+    }
 }
 
 impl RouteTable {
-    pub(crate) fn build(entries: Vec<RouteEntry>) -> Self {
-        let mut table = Self::default();
-        for (index, mut entry) in entries.into_iter().enumerate() {
-            entry.index = index as u32;
-            let entry = Arc::new(entry);
-            for spelling in entry.route.raw_spellings() {
-                table.spellings.insert(spelling.into_boxed_slice(), Arc::clone(&entry));
-            }
-            table.entries.push(Arc::clone(&entry));
-            table.routes.insert(entry.route.clone(), entry);
+    /// This table without some handlers and with others, in order.
+    pub(crate) fn changed<'a>(
+        &self,
+        removed: impl IntoIterator<Item = &'a Arc<HandlerRef>>,
+        added: impl IntoIterator<Item = &'a Arc<HandlerRef>>,
+    ) -> Self {
+        let mut changed: HashMap<&Route, RouteEntry> = HashMap::new();
+        let mut order = Vec::new();
+        let current = |pattern: &Pattern| match self.get(pattern.route()) {
+            Some(entry) => RouteEntry::clone(entry),
+            None => RouteEntry::of(pattern),
+        };
+        for handler in removed {
+            let pattern = &handler.info.pattern;
+            changed.entry(pattern.route()).or_insert_with(|| current(pattern)).remove(handler);
         }
-        table
+        for handler in added {
+            let pattern = &handler.info.pattern;
+            let entry = changed.entry(pattern.route()).or_insert_with(|| current(pattern));
+            if entry.is_empty() {
+                // It is new, or it had lost its handlers: it comes last.
+                entry.index = NOWHERE;
+                order.push(pattern.route());
+            }
+            entry.add(handler);
+        }
+        let mut recent = self.recent.clone();
+        let mut len = self.len;
+        let known = changed.extract_if(|_, entry| entry.index != NOWHERE).collect::<Vec<_>>();
+        for (route, entry) in known {
+            let spellings = Arc::clone(&entry.spellings);
+            let entry = (!entry.is_empty()).then(|| Arc::new(entry));
+            len -= usize::from(entry.is_none());
+            recent.set(route.clone(), &spellings, entry);
+        }
+        for route in order {
+            let Some(mut entry) = changed.remove(route) else { continue };
+            entry.index = (self.bulk.order.len() + recent.order.len()) as u32;
+            len += usize::from(self.get(route).is_none());
+            let entry = Arc::new(entry);
+            recent.order.push(Arc::clone(&entry));
+            recent.set(route.clone(), &entry.spellings, Some(Arc::clone(&entry)));
+        }
+        let layered = Self { bulk: Arc::clone(&self.bulk), recent, len };
+        if layered.recent.size() <= layered.bulk.bears() {
+            return layered;
+        }
+        let bulk = Bulk::of(layered.iter().map(|entry| RouteEntry::clone(entry)));
+        Self { bulk: Arc::new(bulk), recent: Recent::default(), len }
+    }
+
+    /// The routes that may have come, gone or changed since an earlier table: few after a few changes, and in the worst
+    /// case those of both tables.
+    pub fn changed_since(&self, earlier: &RouteTable) -> Vec<Route> {
+        if Arc::ptr_eq(&self.bulk, &earlier.bulk) {
+            let mut routes: Vec<_> = self.recent.routes.keys().cloned().collect();
+            let more = earlier.recent.routes.keys().filter(|route| !self.recent.routes.contains_key(*route));
+            routes.extend(more.cloned());
+            return routes;
+        }
+        let gone = earlier.iter().filter(|entry| self.get(&entry.route).is_none());
+        self.iter().chain(gone).map(|entry| entry.route.clone()).collect()
     }
 
     /// The route at a place.
     pub(crate) fn route_at(&self, index: u32) -> Option<&Route> {
-        Some(&self.entries.get(index as usize)?.route)
+        let index = index as usize;
+        let entry = match index.checked_sub(self.bulk.order.len()) {
+            None => self.bulk.order.get(index),
+            Some(later) => self.recent.order.get(later),
+        };
+        Some(&entry?.route)
     }
 
-    /// The entry at a place that came from this table.
+    /// An entry of this table by its index: its route and its pattern.
     pub(crate) fn entry_at(&self, index: u32) -> &RouteEntry {
-        &self.entries[index as usize]
+        let index = index as usize;
+        match index.checked_sub(self.bulk.order.len()) {
+            None => &self.bulk.order[index],
+            Some(later) => &self.recent.order[later],
+        }
     }
 
     /// Finds a route by its canonical text.
     pub fn get(&self, route: &Route) -> Option<&Arc<RouteEntry>> {
-        self.routes.get(route)
+        match self.recent.routes.get(route) {
+            Some(changed) => changed.as_ref(),
+            None => self.bulk.routes.get(route),
+        }
     }
 
     /// Finds a route by the raw bytes of a packet's pattern: as they are, then normalised.
     pub fn find(&self, format: Format, raw: &[u8]) -> Option<&Arc<RouteEntry>> {
-        if format == Format::Json
-            && let Some(entry) = self.spellings.get(raw)
-        {
-            return Some(entry);
+        if format == Format::Json {
+            // Nothing lies over most tables, and then this looks at nothing.
+            if let Some(changed) = self.recent.spellings.get(raw) {
+                return changed.as_ref();
+            }
+            if let Some(entry) = self.bulk.spellings.get(raw) {
+                return Some(entry);
+            }
         }
-        self.routes.get(&route_of_incoming(format, raw)?)
+        self.get(&route_of_incoming(format, raw)?)
     }
 
     /// Every route, in registration order.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<RouteEntry>> {
-        self.entries.iter()
+        let order = self.bulk.order.iter().chain(&self.recent.order).enumerate();
+        // A route that went and came back has its old place as well.
+        order.filter_map(|(index, old)| self.get(&old.route).filter(|entry| entry.index as usize == index))
     }
 
     /// How many routes there are.
     pub fn len(&self) -> usize {
-        self.routes.len()
+        self.len
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.routes.is_empty()
+        self.len == 0
     }
 }
 
@@ -256,3 +407,7 @@ impl HandlerRef {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "route_tests.rs"]
+mod tests;
