@@ -11,8 +11,8 @@ The header holds a block
 
 In the expected lines `…` stands for any text. A line `^C` means that the lines above it are waited for and
 the program is then stopped with SIGINT, which it must survive long enough to end with status 0. An example whose source
-mentions nats:// gets a broker of its own: its URL is in the environment variable NATS_URL, and takes the place of
-nats://127.0.0.1:4222 in the arguments.
+mentions a broker's default URL (see BROKERS) gets a broker of its own: its URL is in the environment variable, and takes
+the place of the default one in the arguments.
 """
 
 import os
@@ -30,7 +30,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
 LIMIT = 60
-DEFAULT_URL = "nats://127.0.0.1:4222"
+# Scheme: the default URL, the environment variable, the program for a port.
+BROKERS = {
+    "nats": ("nats://127.0.0.1:4222", "NATS_URL",
+             lambda port: ["nats-server", "-a", "127.0.0.1", "-p", str(port)]),
+    "redis": ("redis://127.0.0.1:6379", "REDIS_URL",
+              lambda port: ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", "",
+                            "--appendonly", "no"]),
+}
 
 
 def expected(source):
@@ -55,34 +62,39 @@ def free_port():
 
 
 class Broker:
-    """A nats-server on a free port, for as long as the block runs."""
+    """A broker on a free port, for as long as the block runs."""
+
+    def __init__(self, scheme):
+        self.scheme = scheme
 
     def __enter__(self):
         self.port = free_port()
         self.log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(["nats-server", "-a", "127.0.0.1", "-p", str(self.port)],
-                                        stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL)
+        command = BROKERS[self.scheme][2](self.port)
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return f"nats://127.0.0.1:{self.port}"
+                return f"{self.scheme}://127.0.0.1:{self.port}"
             except OSError:
                 time.sleep(0.05)
         self.__exit__()
-        raise ValueError("nats-server did not start")
+        raise ValueError(f"{command[0]} did not start")
 
     def __exit__(self, *_):
         self.process.kill()
         self.process.wait()
 
 
-def run(name, command, lines, url):
+def run(name, command, lines, broker=None):
     arguments = command[command.index("--") + 1:] if "--" in command else []
     environment = dict(os.environ)
-    if url:
-        environment["NATS_URL"] = url
-        arguments = [argument.replace(DEFAULT_URL, url) for argument in arguments]
+    if broker:
+        scheme, url = broker
+        default, variable, _ = BROKERS[scheme]
+        environment[variable] = url
+        arguments = [argument.replace(default, url) for argument in arguments]
     binary = TARGET / "debug" / "examples" / name
     interrupt = "^C" in lines
     first = lines.index("^C") if interrupt else len(lines)
@@ -119,11 +131,12 @@ def main():
         source = path.read_text()
         try:
             command, lines = expected(source)
-            if "nats://" in source:
-                with Broker() as url:
-                    run(path.stem, command, lines, url)
+            scheme = next((scheme for scheme, (url, *_) in BROKERS.items() if url in source), None)
+            if scheme:
+                with Broker(scheme) as url:
+                    run(path.stem, command, lines, (scheme, url))
             else:
-                run(path.stem, command, lines, None)
+                run(path.stem, command, lines)
         except (ValueError, OSError) as error:
             failed += 1
             print(f"example {path.stem}: FAILED\n  {error}", flush=True)

@@ -144,7 +144,6 @@ fn protocol_libraries_stay_in_their_crate() {
         ("lapin", "martlet-rabbitmq"),
         ("rumqttc-v4-next", "martlet-mqtt"),
         ("rumqttc-v5-next", "martlet-mqtt"),
-        ("tokio-rustls", "martlet-tcp"),
         ("socket2", "martlet-tcp"),
     ];
     let mut complaints = Vec::new();

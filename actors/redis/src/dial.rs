@@ -127,8 +127,9 @@ impl RedisDial {
         }
         subscriber.ask(Asked::Library, &[b"CLIENT", b"SETINFO", b"LIB-NAME", LIBRARY]);
         subscriber.ask(Asked::ClientId, &[b"CLIENT", b"ID"]);
-        // It also tells whether a password is needed.
-        subscriber.ask(Asked::Select, &[b"SELECT", address.db.to_string().as_bytes()]);
+        if address.db != 0 {
+            subscriber.ask(Asked::Select, &[b"SELECT", address.db.to_string().as_bytes()]);
+        }
         for subscription in &plan.subscriptions {
             Link::serve(settings, subscriber, subscription);
         }
@@ -153,7 +154,8 @@ impl RedisDial {
                         subscriber.forget(channel, *glob);
                         tracing::debug!(target: "martlet", "no cancellations: {text}");
                     }
-                    (_, Asked::ClientId) => {}
+                    // It also tells whether a password is needed; some users may not ask.
+                    (_, Asked::ClientId) if !text.starts_with("NOAUTH") => {}
                     _ => return Poll::Ready(Err(broker_error(&shown, Some(&asked), &text))),
                 }
             }

@@ -271,6 +271,13 @@ impl Link {
                 let failed = self.failed(id, &format!("the broker refused the request: {text}"));
                 self.side.borrow_mut().push_back(failed);
             }
+            (Note::Event(receipt), outcome) => {
+                let refused = match outcome {
+                    Outcome::Refused(text) => Some(format!("the broker refused the event: {text}")),
+                    Outcome::Receivers(_) => None,
+                };
+                self.side.borrow_mut().push_back(Inbound::Confirmed { receipt, refused });
+            }
             (_, Outcome::Refused(text)) => {
                 let reason = format!("the broker refused a message: {text}");
                 self.side.borrow_mut().push_back(Inbound::Bad { reason });

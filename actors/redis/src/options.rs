@@ -4,7 +4,6 @@
 //! Durations are numbers of milliseconds in configuration files.
 
 use std::fmt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,45 +14,9 @@ use martlet_core::error::SessionError;
 use martlet_core::options::{millis, optional_millis};
 use martlet_core::server::ServerOptions;
 use redis::{ConnectionAddr, IntoConnectionInfo};
-use serde::Deserialize;
 
 /// TLS towards the broker. Present means required, as an address that begins with `rediss://` does.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-#[non_exhaustive]
-pub struct RedisTlsOptions {
-    /// A PEM file of the authorities to trust. Default: those of the platform.
-    pub ca_file: Option<PathBuf>,
-    /// A PEM file with the certificate to show. Default: none is shown.
-    pub cert_file: Option<PathBuf>,
-    /// A PEM file with its key; needed with `certFile`.
-    pub key_file: Option<PathBuf>,
-}
-
-impl RedisTlsOptions {
-    /// The options' names, for checking configuration.
-    pub const OPTION_KEYS: &'static [&'static str] = &["caFile", "certFile", "keyFile"];
-
-    /// TLS with the platform's authorities.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Trusts the authorities in a PEM file instead of the platform's.
-    #[must_use]
-    pub fn ca_file(mut self, path: impl Into<PathBuf>) -> Self {
-        self.ca_file = Some(path.into());
-        self
-    }
-
-    /// Shows a certificate.
-    #[must_use]
-    pub fn certificate(mut self, cert_file: impl Into<PathBuf>, key_file: impl Into<PathBuf>) -> Self {
-        self.cert_file = Some(cert_file.into());
-        self.key_file = Some(key_file.into());
-        self
-    }
-}
+pub type RedisTlsOptions = martlet_tls::BrokerTls;
 
 martlet_core::transport_options! {
     common {
@@ -72,11 +35,11 @@ martlet_core::transport_options! {
         "password" password: Option<String> = None, (impl Into<String>) |password| Some(password.into());
         /// TLS. Default: only if `url` begins with `rediss://`, with the platform's authorities.
         "tls" tls: Option<RedisTlsOptions> = None, (RedisTlsOptions) |tls| Some(tls);
-        /// Attempts in a row to get a lost connection back. Default none: a client makes a new connection at its
-        /// next call; a server makes one attempt, then ends its service (NestJS's stays deaf).
+        /// Attempts in a row to get a lost connection back; a client makes one more, at once. Default none: a client
+        /// makes a new connection at its next call; a server makes one attempt, then ends its service (NestJS's
+        /// stays deaf).
         "retryAttempts" retry_attempts: Option<u32> = None, (u32) |attempts| Some(attempts);
-        /// The pause before each attempt, in milliseconds; the first one is made at once by clients, after the
-        /// pause by servers. Default 5000.
+        /// The pause before each attempt, in milliseconds. Default 5000.
         #[serde(with = "millis")]
         "retryDelay" retry_delay: Duration = Duration::from_secs(5), (Duration) |delay| delay;
         /// The connections' name in the broker's `CLIENT LIST`. Default none.

@@ -29,8 +29,12 @@ const OVERHEAD: usize = 40;
 pub(crate) enum Note {
     /// Nobody, unless it fails.
     Plain,
+    /// Nobody, whatever comes of it: that there is an answer is all.
+    Ping,
     /// The caller of a request.
     Request(PacketId),
+    /// The sender of an event.
+    Event(PacketId),
     /// The handler of a request, whose stream goes on.
     Item(Raw),
 }
@@ -113,7 +117,7 @@ impl Publisher {
             return first.rounds < 2;
         }
         if self.notes.is_empty() {
-            self.push(redis::cmd("PING"), Note::Plain, OVERHEAD);
+            self.push(redis::cmd("PING"), Note::Ping, OVERHEAD);
         }
         true
     }
@@ -136,6 +140,7 @@ impl Publisher {
                     self.flying_bytes -= flight.bytes;
                     for (note, value) in flight.notes.into_iter().zip(values) {
                         match (note, value) {
+                            (Note::Ping, _) => {}
                             (note, Value::ServerError(error)) => {
                                 settle(note, Outcome::Refused(said(&error)));
                             }

@@ -13,7 +13,7 @@ use martlet_core::error::SessionError;
 use martlet_core::packet::ResponseBody;
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Session, SessionReader,
-    SessionWriter, WriteError,
+    SessionWriter, Taken, WriteError,
 };
 
 use crate::context::RedisContext;
@@ -113,7 +113,7 @@ impl RedisReader {
             (Target::Serve(served), None) => Some(self.deliver(&served, None, body)),
             (Target::Serve(served), Some(channel)) => self.matched(&served, channel, body),
             (Target::Cancel, _) => Some(Inbound::Cancel { id: body.into() }),
-            (Target::Reply, channel) => self.reply(channel, &body),
+            (Target::Reply, channel) => self.reply(channel, body),
         }
     }
 
@@ -164,14 +164,14 @@ impl RedisReader {
     }
 
     /// A message on a reply channel, for one of the clients that listen there.
-    fn reply(&self, glob_channel: Option<Bytes>, body: &Bytes) -> Option<Inbound<RedisReplyTo>> {
+    fn reply(&self, glob_channel: Option<Bytes>, body: Bytes) -> Option<Inbound<RedisReplyTo>> {
         let link = &self.link;
         if glob_channel.is_some_and(|channel| link.subscriber.borrow().has_channel(&channel)) {
             // It also comes on the channel itself.
             return None;
         }
         let codec = &*link.settings.codec;
-        let packet = match codec.decode_response(body) {
+        let packet = match codec.decode_response_owned(body) {
             Ok(packet) => packet,
             Err(error) => return Some(Inbound::Bad { reason: format!("a reply: {error}") }),
         };
@@ -236,7 +236,7 @@ impl std::fmt::Debug for RedisWriter {
 }
 
 impl RedisWriter {
-    fn message(&mut self, mut message: OutboundMessage) -> Result<(), WireError> {
+    fn message(&mut self, mut message: OutboundMessage, note: Note) -> Result<(), WireError> {
         message.put_timeout();
         let settings = &self.link.settings;
         let limit = settings.common.max_payload_bytes;
@@ -244,7 +244,7 @@ impl RedisWriter {
         let route = message.pattern.route();
         match message.id {
             Some(id) => self.link.request(id, route, &self.scratch),
-            None => self.link.publisher.borrow_mut().publish(route.as_bytes(), &self.scratch, Note::Plain),
+            None => self.link.publisher.borrow_mut().publish(route.as_bytes(), &self.scratch, note),
         }
         Ok(())
     }
@@ -263,9 +263,18 @@ impl RedisWriter {
         Ok(())
     }
 
+    /// After each item: the scratch buffer is empty again.
+    fn written(&mut self, result: Result<(), WireError>) -> Result<(), WriteError> {
+        self.scratch.clear();
+        if self.scratch.capacity() > SCRATCH {
+            self.scratch = BytesMut::new();
+        }
+        result.map_err(|error| WriteError::Item(Arc::new(error)))
+    }
+
     fn put(&mut self, item: Outbound<RedisReplyTo>) -> Result<(), WireError> {
         match item {
-            Outbound::Request(message) | Outbound::Event(message) => self.message(message),
+            Outbound::Request(message) | Outbound::Event(message) => self.message(message, Note::Plain),
             Outbound::Response { reply_to, id, body, headers: _ } => {
                 self.response(&reply_to.channel, id, &body)
             }
@@ -297,11 +306,13 @@ impl RedisWriter {
 impl SessionWriter<RedisReplyTo> for RedisWriter {
     fn write(&mut self, item: Outbound<RedisReplyTo>) -> Result<(), WriteError> {
         let result = self.put(item);
-        self.scratch.clear();
-        if self.scratch.capacity() > SCRATCH {
-            self.scratch = BytesMut::new();
-        }
-        result.map_err(|error| WriteError::Item(Arc::new(error)))
+        self.written(result)
+    }
+
+    // REDIS-2.
+    fn write_event(&mut self, message: OutboundMessage, receipt: PacketId) -> Result<Taken, WriteError> {
+        let result = self.message(message, Note::Event(receipt));
+        self.written(result).map(|()| Taken::Confirming)
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {

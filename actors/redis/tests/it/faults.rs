@@ -266,10 +266,6 @@ async fn what_a_slow_handler_cannot_take_is_dropped_counted_and_reported() {
     assert!(most <= 500, "{most}");
     assert!(subscriber.dropped() > SENT / 2, "{}", subscriber.dropped());
     assert!(is_connected(&server), "the broker did not cut it off");
-    assert!(Arc::ptr_eq(
-        &server.unwrap::<RedisUnwrapped>().unwrap(),
-        &server.unwrap::<RedisUnwrapped>().unwrap()
-    ));
     assert_eq!(server.unwrap::<RedisUnwrapped>().unwrap().1.client_id(), subscriber.client_id());
     until("it is reported", || reports.contain("were dropped")).await;
     // The reports add up: the last one has the sum.
@@ -381,8 +377,10 @@ async fn a_stop_does_not_wait_for_a_frozen_broker() {
     assert_eq!(client.send::<i64>("sum", [1]).await.unwrap(), 1);
     broker.freeze().unwrap();
     let begin = Instant::now();
-    client.emit("sum", [1]).await.unwrap();
+    let emitted = client.emit("sum", [1]);
     client.close().await;
+    // REDIS-2: it resolves when the broker has it.
+    assert!(matches!(emitted.await, Err(CallError::Closed)));
     service.stop(Duration::from_secs(1)).await;
     assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
     broker.thaw().unwrap();

@@ -249,7 +249,7 @@ async fn bad_replies_are_reported_and_end_no_call() {
     };
     let (result, ()) = futures::join!(call, answering);
     assert_eq!(result.unwrap(), 2);
-    let seen = seen.lock();
+    let seen = seen.lock().clone();
     for text in ["a reply: malformed packet", "a reply has no id", "ask.reply: a body of 1000 bytes exceeds"]
     {
         assert!(seen.iter().any(|event| event.contains(text)), "{text}: {seen:?}");

@@ -68,7 +68,7 @@ async fn a_server_does_not_run_its_own_replies() {
     let (first, second) = (Arc::clone(&seen), Arc::clone(&seen));
     let all = message("*", move |Ctx(context): Ctx<RedisContext>| {
         first.lock().push(context.channel().to_owned());
-        async { Ok::<_, RpcError>(futures::stream::iter([1, 2])).map(martlet_core::Streaming) }
+        async { Ok::<_, RpcError>(martlet_core::Streaming(futures::stream::iter([1, 2]))) }
     });
     let some = event("w.*", move |Ctx(context): Ctx<RedisContext>| {
         second.lock().push(format!("event {}", context.channel()));
