@@ -30,13 +30,35 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
 LIMIT = 60
-# Scheme: the default URL, the environment variable, the program for a port.
+# A RabbitMQ node of its own: $1 is its folder, $2 its port, $3 and $4 those for distribution and epmd.
+RABBITMQ = """
+    export HOME="$1" RABBITMQ_HOME="$1" RABBITMQ_MNESIA_BASE="$1/mnesia" RABBITMQ_LOG_BASE="$1/log"
+    export RABBITMQ_CONF_ENV_FILE=/dev/null RABBITMQ_ENABLED_PLUGINS_FILE="$1/plugins"
+    export RABBITMQ_NODENAME="martlet$2@localhost" RABBITMQ_NODE_IP_ADDRESS=127.0.0.1 RABBITMQ_NODE_PORT="$2"
+    export RABBITMQ_DIST_PORT="$3" ERL_EPMD_PORT="$4" ERL_EPMD_ADDRESS=127.0.0.1 RUNNING_UNDER_SYSTEMD=1
+    echo "[]." > "$1/plugins"
+    setpriv --pdeathsig KILL epmd -port "$4" -address 127.0.0.1 &
+    exec /usr/lib/rabbitmq/bin/rabbitmq-server
+"""
+
+
+def mosquitto(port, folder):
+    path = Path(folder) / "mosquitto.conf"
+    path.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\n")
+    return ["mosquitto", "-c", str(path)]
+
+
+# Scheme: the default URL, the environment variable, the program for a port and a folder.
 BROKERS = {
     "nats": ("nats://127.0.0.1:4222", "NATS_URL",
-             lambda port: ["nats-server", "-a", "127.0.0.1", "-p", str(port)]),
+             lambda port, _: ["nats-server", "-a", "127.0.0.1", "-p", str(port)]),
     "redis": ("redis://127.0.0.1:6379", "REDIS_URL",
-              lambda port: ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", "",
-                            "--appendonly", "no"]),
+              lambda port, _: ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", "",
+                               "--appendonly", "no"]),
+    "amqp": ("amqp://127.0.0.1:5672", "RABBITMQ_URL",
+             lambda port, folder: ["sh", "-c", RABBITMQ, "rabbitmq", folder, str(port), str(free_port()),
+                                   str(free_port())]),
+    "mqtt": ("mqtt://127.0.0.1:1883", "MQTT_URL", mosquitto),
 }
 
 
@@ -70,9 +92,11 @@ class Broker:
     def __enter__(self):
         self.port = free_port()
         self.log = tempfile.TemporaryFile()
-        command = BROKERS[self.scheme][2](self.port)
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        command = BROKERS[self.scheme][2](self.port, self.folder.name)
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
+        # A RabbitMQ node takes its time.
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
@@ -85,6 +109,7 @@ class Broker:
     def __exit__(self, *_):
         self.process.kill()
         self.process.wait()
+        self.folder.cleanup()
 
 
 def run(name, command, lines, broker=None):

@@ -28,7 +28,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::backoff::{Backoff, BackoffOptions};
-use crate::correlation::{CallKind, ClientCore, CorrelationLimits, NewCall};
+use crate::correlation::{CallKind, ClientCore, CorrelationLimits, NewCall, Reply};
 use crate::error::{CallError, RemoteError, SessionError, SessionErrorKind, StartError};
 use crate::events::{EventBus, ServiceEvent};
 use crate::headers::Headers;
@@ -229,12 +229,17 @@ impl ClientProxy {
     }
 
     fn prepare(&self, pattern: Pattern, data: impl IntoRecord) -> Prepared {
-        let record = data.into_record(self.shared.info.format);
+        let message = data.into_record(self.shared.info.format).map(|(data, headers)| OutboundMessage {
+            id: None,
+            pattern,
+            data,
+            metadata: Metadata::new(),
+            timeout: self.shared.options.timeout,
+            headers,
+        });
         Prepared {
             client: self.clone(),
-            pattern,
-            record,
-            timeout: self.shared.options.timeout,
+            message,
             idempotent: false,
             extras: Ambient::current()
                 .map(|ambient| Box::new(Extras { ambient: Some(ambient), ..Extras::default() })),
@@ -374,9 +379,8 @@ impl ClientProxy {
 
 struct Prepared {
     client: ClientProxy,
-    pattern: Pattern,
-    record: Result<(Payload, Headers), EncodeError>,
-    timeout: Option<Duration>,
+    /// In the form in which it is queued: what is moved often is put together once.
+    message: Result<OutboundMessage, EncodeError>,
     idempotent: bool,
     /// What most calls do not have.
     extras: Option<Box<Extras>>,
@@ -408,15 +412,19 @@ impl Prepared {
         self.extras.get_or_insert_default()
     }
 
+    fn set_timeout(&mut self, timeout: Option<Duration>) {
+        if let Ok(message) = &mut self.message {
+            message.timeout = timeout;
+        }
+    }
+
     /// Starts it; `cx` is of the task that waits for its reply, if that is known.
     fn start(self, kind: CallKind, cx: Option<&TaskContext<'_>>) -> Result<Running, CallError> {
-        let Self { client, pattern, record, timeout, idempotent, extras } = self;
-        let (data, headers) = record.map_err(|error| CallError::Encode(Arc::new(error)))?;
-        (client.shared.check)(&pattern).map_err(|reason| {
+        let Self { client, message, idempotent, extras } = self;
+        let mut message = message.map_err(|error| CallError::Encode(Arc::new(error)))?;
+        (client.shared.check)(&message.pattern).map_err(|reason| {
             CallError::Encode(Arc::from(Box::<dyn std::error::Error + Send + Sync>::from(reason)))
         })?;
-        let mut message =
-            OutboundMessage { id: None, pattern, data, metadata: Metadata::new(), timeout, headers };
         let mut cancelled = None;
         if let Some(extras) = extras {
             cancelled = extras.add_to(&mut message, client.shared.options.propagate);
@@ -470,7 +478,12 @@ fn insert_trace(metadata: &mut Metadata, trace: &TraceContext) {
 }
 
 impl Running {
-    fn poll_reply(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Payload, CallError>>> {
+    fn poll_payload(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Payload, CallError>>> {
+        let format = self.client.shared.info.format;
+        self.poll_reply(cx).map_ok(|reply| reply.into_payload(format))
+    }
+
+    fn poll_reply(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Reply, CallError>>> {
         if self.ended {
             return Poll::Ready(None);
         }
@@ -483,11 +496,11 @@ impl Running {
         }
         match shared.core.poll_reply(self.key, cx) {
             Poll::Pending => Poll::Pending,
-            Poll::Ready(Some(Ok((payload, last)))) => {
+            Poll::Ready(Some(Ok((reply, last)))) => {
                 self.ended = last;
                 Poll::Ready(Some(match &shared.options.map_response {
-                    Some(map) => map(payload),
-                    None => Ok(payload),
+                    Some(map) => map(reply.into_payload(shared.info.format)).map(Reply::Long),
+                    None => Ok(reply),
                 }))
             }
             Poll::Ready(Some(Err(error))) => {
@@ -545,12 +558,12 @@ impl<T> Call<T> {
 
     /// How long to wait for the reply (a stream: for each), instead of the client's default.
     pub fn timeout(self, timeout: Duration) -> Self {
-        self.change(|call| call.timeout = Some(timeout))
+        self.change(|call| call.set_timeout(Some(timeout)))
     }
 
     /// Waits for ever.
     pub fn no_timeout(self) -> Self {
-        self.change(|call| call.timeout = None)
+        self.change(|call| call.set_timeout(None))
     }
 
     /// Declares that running the handler twice does no harm: the call is sent again when its connection
@@ -588,11 +601,19 @@ impl<T> Call<T> {
 }
 
 impl CallState {
+    /// What the replies are in.
+    fn format(&self) -> Format {
+        match self {
+            Self::Running(running) => running.client.shared.info.format,
+            _ => Format::Json,
+        }
+    }
+
     fn poll_reply(
         &mut self,
         kind: CallKind,
         cx: &mut TaskContext<'_>,
-    ) -> Poll<Option<Result<Payload, CallError>>> {
+    ) -> Poll<Option<Result<Reply, CallError>>> {
         match self {
             Self::Running(running) => running.poll_reply(cx),
             Self::Ended => Poll::Ready(None),
@@ -616,8 +637,12 @@ impl CallState {
     }
 }
 
-fn decode<T: DeserializeOwned>(payload: &Payload) -> Result<T, CallError> {
-    payload.decode().map_err(|error| CallError::Decode(Arc::new(error)))
+fn decode<T: DeserializeOwned>(reply: &Reply, format: Format) -> Result<T, CallError> {
+    let decoded = match reply {
+        Reply::Short(raw) => format.decode(raw),
+        Reply::Long(payload) => payload.decode(),
+    };
+    decoded.map_err(|error| CallError::Decode(Arc::new(error)))
 }
 
 impl<T: DeserializeOwned> Future for Call<T> {
@@ -626,14 +651,11 @@ impl<T: DeserializeOwned> Future for Call<T> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         let reply = std::task::ready!(this.state.poll_reply(CallKind::Single, cx));
-        let format = match &this.state {
-            CallState::Running(running) => running.client.shared.info.format,
-            _ => Format::Json,
-        };
+        let format = this.state.format();
         // Dropping what runs frees the slot and cancels the rest of a stream.
         this.state = CallState::Ended;
         Poll::Ready(match reply {
-            Some(Ok(payload)) => decode(&payload),
+            Some(Ok(reply)) => decode(&reply, format),
             Some(Err(error)) => Err(error),
             None => Payload::null(format).decode().map_err(|_| CallError::NoValue),
         })
@@ -670,7 +692,7 @@ impl<T: DeserializeOwned> Stream for ReplyStream<T> {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
         match std::task::ready!(this.state.poll_reply(CallKind::Stream, cx)) {
-            Some(Ok(payload)) => Poll::Ready(Some(decode(&payload))),
+            Some(Ok(reply)) => Poll::Ready(Some(decode(&reply, this.state.format()))),
             Some(Err(error)) => {
                 this.state = CallState::Ended;
                 Poll::Ready(Some(Err(error)))
@@ -859,10 +881,10 @@ impl Handler<SendMessage> for ClientActor {
         Box::pin(async move {
             let mut prepared = proxy.prepare(message.pattern, message.data);
             if message.timeout.is_some() {
-                prepared.timeout = message.timeout;
+                prepared.set_timeout(message.timeout);
             }
             let mut running = prepared.start(CallKind::Single, None)?;
-            match std::future::poll_fn(|cx| running.poll_reply(cx)).await {
+            match std::future::poll_fn(|cx| running.poll_payload(cx)).await {
                 Some(reply) => reply,
                 None => Ok(Payload::null(proxy.shared.info.format)),
             }

@@ -9,7 +9,9 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use crate::json::{self, Members};
 use crate::msgpack;
 pub use crate::packet::{INTERNAL_ERROR_TEXT, NO_HANDLER_TEXT};
-use crate::packet::{IncomingPacket, OutgoingPacket, PatternText, Raw, ResponseBody, ResponsePacket};
+use crate::packet::{
+    IncomingPacket, OutgoingPacket, PatternText, Raw, ResponseBody, ResponsePacket, ShortReply,
+};
 use crate::payload::{EncodeError, Format, Payload};
 use crate::transport::PacketId;
 
@@ -88,6 +90,12 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     /// As [`Codec::decode_response`].
     fn decode_response_owned(&self, frame: Bytes) -> Result<ResponsePacket, CodecError> {
         self.decode_response(&frame)
+    }
+
+    /// Reads a reply that is one short value, the last one, to a request of ours: such replies need no memory of
+    /// their own. `None` for any other, and wherever it is not certain: [`Codec::decode_response`] is asked then.
+    fn decode_short_response(&self, _frame: &[u8]) -> Option<ShortReply> {
+        None
     }
 
     /// Writes a reply. `id` is a raw value in the codec's format and copied as it is.
@@ -195,17 +203,16 @@ fn response(frame: &Bytes, format: Format, members: Members<5>, rules: &ValueRul
 
 /// The spans of the value and the id of a reply that is written as NestJS and Martlet write nearly all of theirs:
 /// one value, the last one, and an id of ours. What this does not know is read member by member.
-fn usual_response(frame: &[u8]) -> Option<(json::Span, json::Span)> {
+fn usual_response(frame: &[u8]) -> Option<(json::Span, PacketId)> {
     const HEAD: &[u8] = b"{\"response\":";
     const MIDDLE: &[u8] = b",\"isDisposed\":true,\"id\":";
-    let id = frame.len().checked_sub(PacketId::LEN + 3)?..frame.len() - 1;
-    let [b'"', text @ .., b'"', b'}'] = frame.get(id.start..)? else { return None };
-    let value = HEAD.len()..id.start.checked_sub(MIDDLE.len())?;
-    let usual = frame.starts_with(HEAD)
-        && frame.get(value.end..id.start)? == MIDDLE
-        && json::is_plain(text)
-        && json::is_value(frame, &value);
-    usual.then_some((value, id))
+    let id = frame.len().checked_sub(PacketId::LEN + 3)?;
+    let [b'"', text @ .., b'"', b'}'] = frame.get(id..)? else { return None };
+    let value = HEAD.len()..id.checked_sub(MIDDLE.len())?;
+    let usual =
+        frame.starts_with(HEAD) && frame.get(value.end..id)? == MIDDLE && json::is_value(frame, &value);
+    let id = PacketId::from_text(text).filter(|_| usual)?;
+    Some((value, id))
 }
 
 /// How one format tells what matters to replies.
@@ -314,9 +321,15 @@ impl Codec for JsonCodec {
         self.decode_response_owned(frame.clone())
     }
 
+    fn decode_short_response(&self, frame: &[u8]) -> Option<ShortReply> {
+        let (value, id) = usual_response(frame)?;
+        Some(ShortReply { id, value: Raw::inline(&frame[value])? })
+    }
+
     fn decode_response_owned(&self, frame: Bytes) -> Result<ResponsePacket, CodecError> {
-        if let Some((value, id)) = usual_response(&frame) {
-            let id = Raw::slice(&frame, id);
+        if let Some((value, _)) = usual_response(&frame) {
+            let end = frame.len() - 1;
+            let id = Raw::slice(&frame, end - PacketId::LEN - 2..end);
             let body = ResponseBody::Last(Some(into_payload(frame, Format::Json, value)));
             return Ok(ResponsePacket { id: Some(id), status: None, body, foreign: false });
         }

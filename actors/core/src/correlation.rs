@@ -23,9 +23,9 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::error::{CallError, RemoteError, SessionError, SharedError};
-use crate::packet::{Raw, ResponseBody, ResponsePacket};
+use crate::packet::{Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::{Pattern, Route};
-use crate::payload::Payload;
+use crate::payload::{Format, Payload};
 use crate::responder::SlotKey;
 use crate::session::SessionControl;
 use crate::transport::{OutboundMessage, PacketId};
@@ -82,15 +82,30 @@ struct Entry {
     waker: Option<Waker>,
 }
 
+/// A reply that waits to be read.
+pub(crate) enum Reply {
+    Short(Raw),
+    Long(Payload),
+}
+
+impl Reply {
+    pub(crate) fn into_payload(self, format: Format) -> Payload {
+        match self {
+            Self::Short(raw) => Payload::new(format, raw.into()),
+            Self::Long(payload) => payload,
+        }
+    }
+}
+
 /// Replies that wait to be read: nearly always one at the most, which costs no allocation.
 #[derive(Default)]
 struct Replies {
-    first: Option<Payload>,
-    more: Option<Box<VecDeque<Payload>>>,
+    first: Option<Reply>,
+    more: Option<Box<VecDeque<Reply>>>,
 }
 
 impl Replies {
-    fn push_back(&mut self, reply: Payload) {
+    fn push_back(&mut self, reply: Reply) {
         if self.first.is_none() {
             self.first = Some(reply);
         } else {
@@ -98,7 +113,7 @@ impl Replies {
         }
     }
 
-    fn pop_front(&mut self) -> Option<Payload> {
+    fn pop_front(&mut self) -> Option<Reply> {
         let first = self.first.take();
         if let Some(more) = &mut self.more {
             self.first = more.pop_front();
@@ -301,6 +316,11 @@ impl ClientCore {
         let key = SlotKey { index, generation };
         state.unended += 1;
         state.enqueue(Queued { key, kind: call.kind, live: true, message: call.message });
+        if call.kind != CallKind::Event
+            && let Some(queued) = state.queue.back_mut()
+        {
+            queued.message.id = Some(self.id(key));
+        }
         let mut first = false;
         if state.session.is_none() || state.stalled {
             first = state.set_deadline(key, Instant::now());
@@ -325,7 +345,7 @@ impl ClientCore {
         &self,
         key: SlotKey,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<(Payload, bool), CallError>>> {
+    ) -> Poll<Option<Result<(Reply, bool), CallError>>> {
         let mut state = self.state.lock();
         let Some(entry) = state.entry(key) else {
             // Freed already: the caller polls after the end.
@@ -399,11 +419,7 @@ impl ClientCore {
     }
 
     fn key_of(&self, id: PacketId) -> Option<SlotKey> {
-        self.key_of_text(id.as_str().as_bytes())
-    }
-
-    fn key_of_text(&self, text: &[u8]) -> Option<SlotKey> {
-        let (prefix, generation, index) = PacketId::parts(text)?;
+        let (prefix, generation, index) = id.parts();
         (prefix == self.prefix).then_some(SlotKey { index, generation })
     }
 
@@ -435,7 +451,6 @@ impl ClientCore {
             if entry.idempotent && entry.again.is_none() {
                 entry.again = Some(Box::new(queued.message.clone()));
             }
-            queued.message.id = Some(self.id(key));
             if entry.deadline.is_none() && entry.timeout.is_some() {
                 first |= state.set_deadline(key, *now.get_or_insert_with(Instant::now));
             }
@@ -527,20 +542,13 @@ impl ClientCore {
     }
 
     fn on_response(&self, state: &mut State, packet: ResponsePacket) {
-        let key = packet.id.as_ref().and_then(|raw| self.key_of_text(id_text(raw)));
-        let live = key.and_then(|key| {
-            let entry = state.entry(key)?;
-            (entry.ended.is_none() && entry.kind != CallKind::Event).then_some((key, entry))
-        });
-        let Some((key, entry)) = live else {
-            state.late += 1;
-            return;
-        };
+        let key = packet.id.as_ref().and_then(own_id).and_then(|id| self.key_of(id));
+        let Some((key, entry)) = state.waiting(key) else { return };
         match packet.body {
             ResponseBody::Item(payload) => self.on_item(state, key, payload),
             ResponseBody::Last(payload) => {
                 if let Some(payload) = payload {
-                    entry.replies.push_back(payload);
+                    entry.replies.push_back(Reply::Long(payload));
                 }
                 state.end(key, Ok(()));
             }
@@ -548,6 +556,21 @@ impl ClientCore {
                 state.end(key, Err(CallError::Remote(RemoteError::new(payload))));
             }
             ResponseBody::NoHandler => state.end_no_handler(key),
+        }
+    }
+
+    /// Short replies arrived.
+    pub(crate) fn on_short_replies(&self, replies: &mut Vec<ShortReply>) {
+        if replies.is_empty() {
+            return;
+        }
+        let mut state = self.lock();
+        state.woken.reserve(replies.len());
+        for reply in replies.drain(..) {
+            let key = self.key_of(reply.id);
+            let Some((key, entry)) = state.waiting(key) else { continue };
+            entry.replies.push_back(Reply::Short(reply.value));
+            state.end(key, Ok(()));
         }
     }
 
@@ -560,7 +583,7 @@ impl ClientCore {
             state.end(key, Err(CallError::Overloaded { bound: "max_buffered_replies", limit }));
             return;
         }
-        entry.replies.push_back(payload);
+        entry.replies.push_back(Reply::Long(payload));
         let waker = entry.waker.take();
         // Each reply of a stream begins its time anew; what the timer waits for is earlier, mostly.
         if entry.kind == CallKind::Stream
@@ -732,18 +755,31 @@ impl ClientCore {
     }
 }
 
-/// The text of an id of ours, out of the raw bytes of a reply's `id`: a JSON or MessagePack string.
-fn id_text(raw: &Raw) -> &[u8] {
-    match &**raw {
+/// An id of ours, out of the raw bytes of a reply's `id`: a JSON or MessagePack string.
+fn own_id(raw: &Raw) -> Option<PacketId> {
+    PacketId::from_text(match &**raw {
         [b'"', text @ .., b'"'] if text.len() == PacketId::LEN => text,
         [0xb5, text @ ..] if text.len() == PacketId::LEN => text,
         text => text,
-    }
+    })
 }
 
 impl State {
     fn entry(&mut self, key: SlotKey) -> Option<&mut Entry> {
         self.calls.get_mut(key.index as usize).filter(|entry| entry.generation == key.generation)
+    }
+
+    /// The call that a reply is for; one that comes when nobody waits for it is counted.
+    fn waiting(&mut self, key: Option<SlotKey>) -> Option<(SlotKey, &mut Entry)> {
+        let waits = |entry: &Entry| entry.ended.is_none() && entry.kind != CallKind::Event;
+        let entry = key.and_then(|key| {
+            let entry = self.calls.get_mut(key.index as usize)?;
+            (entry.generation == key.generation && waits(entry)).then_some((key, entry))
+        });
+        if entry.is_none() {
+            self.late += 1;
+        }
+        entry
     }
 
     /// Ends a call that has not ended: its one outcome.

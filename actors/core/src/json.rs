@@ -248,12 +248,6 @@ fn check_utf8(text: &[u8]) -> Result<(), SyntaxError> {
     Ok(())
 }
 
-/// Whether `text` can stand in a JSON string as it is; some that can are refused.
-#[inline]
-pub(crate) fn is_plain(text: &[u8]) -> bool {
-    plain_end(text, 0) == text.len() && is_ascii(text)
-}
-
 /// Whether the bytes of `text` at `span` are exactly one value, without white space around it.
 #[inline]
 pub(crate) fn is_value(text: &[u8], span: &Span) -> bool {

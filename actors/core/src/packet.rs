@@ -12,6 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::json;
 use crate::pattern::{Pattern, Route};
 use crate::payload::Payload;
+use crate::transport::PacketId;
 
 /// The error text NestJS sends when no handler matches, verbatim.
 pub const NO_HANDLER_TEXT: &str = "There is no matching message handler defined in the remote service.";
@@ -46,7 +47,8 @@ impl Raw {
         }
     }
 
-    fn inline(bytes: &[u8]) -> Option<Self> {
+    /// A copy of the value, if it is short.
+    pub(crate) fn inline(bytes: &[u8]) -> Option<Self> {
         let mut inline = [0; RAW_INLINE];
         inline.get_mut(..bytes.len())?.copy_from_slice(bytes);
         Some(Raw(RawBytes::Inline(bytes.len() as u8, inline)))
@@ -174,6 +176,15 @@ pub struct ResponsePacket {
     pub body: ResponseBody,
     /// True if the value was no reply of NestJS's form and is delivered whole as the only value.
     pub foreign: bool,
+}
+
+/// A reply of one short value, the last one, to a request of ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShortReply {
+    /// The request.
+    pub id: PacketId,
+    /// The value, in the format of the codec.
+    pub value: Raw,
 }
 
 // === Metadata ===

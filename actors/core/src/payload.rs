@@ -21,6 +21,40 @@ pub enum Format {
     MessagePack,
 }
 
+impl Format {
+    /// Decodes one value, by the rules of [`Payload::decode`].
+    pub(crate) fn decode<T: DeserializeOwned>(self, bytes: &[u8]) -> Result<T, DecodeError> {
+        match self {
+            Format::Json => match serde_json::from_slice(bytes) {
+                Ok(value) => Ok(value),
+                Err(error) => decode_mended(bytes, error),
+            },
+            Format::MessagePack => {
+                // Checking first names the byte of a malformed value, which the decoder does not.
+                msgpack::members(bytes, &[])
+                    .map_err(|error| DecodeError::at(Format::MessagePack, error.offset, error))?;
+                T::deserialize(&mut msgpack::reader(bytes)).map_err(|source| DecodeError {
+                    format: Format::MessagePack,
+                    path: None,
+                    offset: None,
+                    source: source.into(),
+                })
+            }
+        }
+    }
+}
+
+#[cold]
+fn decode_mended<T: DeserializeOwned>(bytes: &[u8], error: serde_json::Error) -> Result<T, DecodeError> {
+    if error.is_data() || json::validate(bytes).is_err() {
+        return Err(DecodeError::json(error, bytes));
+    }
+    match json::mend_surrogates(bytes) {
+        Some(mended) => serde_json::from_slice(&mended).map_err(|error| DecodeError::json(error, &mended)),
+        None => Err(DecodeError::json(error, bytes)),
+    }
+}
+
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -89,36 +123,7 @@ impl Payload {
     ///
     /// [`DecodeError`], with the place in the text and the path to it where they are known.
     pub fn decode<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
-        match self.format {
-            Format::Json => match serde_json::from_slice(&self.bytes) {
-                Ok(value) => Ok(value),
-                Err(error) => self.decode_mended(error),
-            },
-            Format::MessagePack => {
-                // Checking first names the byte of a malformed value, which the decoder does not.
-                msgpack::members(&self.bytes, &[])
-                    .map_err(|error| DecodeError::at(Format::MessagePack, error.offset, error))?;
-                T::deserialize(&mut msgpack::reader(&self.bytes)).map_err(|source| DecodeError {
-                    format: Format::MessagePack,
-                    path: None,
-                    offset: None,
-                    source: source.into(),
-                })
-            }
-        }
-    }
-
-    #[cold]
-    fn decode_mended<T: DeserializeOwned>(&self, error: serde_json::Error) -> Result<T, DecodeError> {
-        if error.is_data() || json::validate(&self.bytes).is_err() {
-            return Err(DecodeError::json(error, &self.bytes));
-        }
-        match json::mend_surrogates(&self.bytes) {
-            Some(mended) => {
-                serde_json::from_slice(&mended).map_err(|error| DecodeError::json(error, &mended))
-            }
-            None => Err(DecodeError::json(error, &self.bytes)),
-        }
+        self.format.decode(&self.bytes)
     }
 
     /// The member `name` of a top-level object, sharing the bytes. `None` if the member is missing or the value

@@ -23,7 +23,7 @@ use crate::correlation::{CallKind, ClientCore, Outgoing};
 use crate::error::SessionError;
 use crate::events::{EventBus, ServiceEvent};
 use crate::in_flight::{Admission, Shared, SlotRoute};
-use crate::packet::{Raw, ResponseBody, ResponsePacket};
+use crate::packet::{Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::Route;
 use crate::payload::Format;
 use crate::replica::{Duty, Invoke, InvokeBatch, overloaded};
@@ -183,6 +183,7 @@ struct Loop<S: Session> {
     /// A client's calls on their way out, and the replies that this turn has read.
     outgoing: Outgoing,
     replies: Vec<ResponsePacket>,
+    short_replies: Vec<ShortReply>,
     /// Abandoned: until when closing may take.
     close_by: Option<Pin<Box<tokio::time::Sleep>>>,
 }
@@ -290,6 +291,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         batch: Vec::new(),
         outgoing: Outgoing::default(),
         replies: Vec::new(),
+        short_replies: Vec::new(),
         close_by: None,
         env,
     };
@@ -529,6 +531,7 @@ impl<S: Session> Loop<S> {
     fn send_replies(&mut self) {
         if let Some(client) = &self.env.client {
             client.on_responses(&mut self.replies);
+            client.on_short_replies(&mut self.short_replies);
         }
     }
 
@@ -622,7 +625,18 @@ impl<S: Session> Loop<S> {
             Inbound::Request(delivery) => self.dispatch(MessageKind::Request, delivery),
             Inbound::Event(delivery) => self.dispatch(MessageKind::Event, delivery),
             Inbound::Response(packet) => {
+                // A call's packets are handed over in the order in which they came.
+                if !self.short_replies.is_empty() {
+                    self.send_replies();
+                }
                 self.replies.push(packet);
+                Ok(())
+            }
+            Inbound::Reply(reply) => {
+                if !self.replies.is_empty() {
+                    self.send_replies();
+                }
+                self.short_replies.push(reply);
                 Ok(())
             }
             Inbound::Unreachable { id } => {

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use crate::error::SessionError;
 use crate::headers::Headers;
-use crate::packet::{Metadata, Raw, ResponseBody, ResponsePacket};
+use crate::packet::{Metadata, Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::{Pattern, Route};
 use crate::payload::{Format, Payload};
 use crate::request::TIMEOUT_KEY;
@@ -148,6 +148,8 @@ pub enum Inbound<R> {
     Event(Delivery<R>),
     /// A response to a request of ours.
     Response(ResponsePacket),
+    /// A response to a request of ours that is one short value, the last one.
+    Reply(ShortReply),
     /// A request of ours reached nobody (a broker without subscribers said so).
     Unreachable {
         /// The id of the request.
@@ -279,27 +281,33 @@ impl PacketId {
         Self(text)
     }
 
-    /// Reads the text of an id of ours back into its parts; `None` if it is not one.
+    /// What it was made of.
     #[inline]
-    pub(crate) fn parts(text: &[u8]) -> Option<(u32, u32, u32)> {
+    pub(crate) fn parts(&self) -> (u32, u32, u32) {
+        let [first, second, third] = Self::digits(&self.0);
+        (unhex(first), unhex(second), unhex(third))
+    }
+
+    /// The digits of the three numbers, filled up with zeros.
+    #[inline]
+    fn digits(text: &[u8; Self::LEN]) -> [u64; 3] {
         const ZEROS: u64 = u64::MAX / 0xff * b'0' as u64;
-        if text.len() != Self::LEN {
-            return None;
-        }
-        let digits = |at: usize| text.get(at..).and_then(|rest| rest.first_chunk::<8>());
-        // What does not belong to a number gives way to zeros.
-        let first = u64::from_be_bytes(*digits(0)?) >> 8 | ZEROS << 56;
-        let second = u64::from_be_bytes(*digits(7)?);
-        let third = u64::from_be_bytes(*digits(13)?) << 16 >> 16 | ZEROS << 48;
-        let parts = (unhex(first), unhex(second), unhex(third));
-        // Only digits come out as they went in.
-        (hex(parts.0) == first && hex(parts.1) == second && hex(parts.2) == third).then_some(parts)
+        let [a, b, c, d, e, f, g, h, ..] = *text;
+        let first = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
+        let [.., a, b, c, d, e, f, g, h, _, _, _, _, _, _] = *text;
+        let second = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
+        let [.., a, b, c, d, e, f, g, h] = *text;
+        let third = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
+        [first >> 8 | ZEROS << 56, second, third << 16 >> 16 | ZEROS << 48]
     }
 
     /// The id of a request, from the text that a peer or broker gave back.
     pub fn from_text(text: &[u8]) -> Option<Self> {
-        Self::parts(text)?;
-        Some(Self(text.try_into().ok()?))
+        let text: &[u8; Self::LEN] = text.try_into().ok()?;
+        let [first, second, third] = Self::digits(text);
+        // Only digits come out as they went in.
+        let same = |digits: u64| hex(unhex(digits)) ^ digits;
+        (same(first) | same(second) | same(third) == 0).then_some(Self(*text))
     }
 
     /// The bytes of its text: hex digits.
@@ -521,9 +529,9 @@ mod tests {
     fn packet_ids_are_21_hex_characters_and_read_back() {
         let id = PacketId::from_parts(0x0ab_cdef, 7, 0xfffff);
         assert_eq!(id.as_str(), "0abcdef000000070fffff");
-        assert_eq!(PacketId::parts(id.as_str().as_bytes()), Some((0x0ab_cdef, 7, 0xfffff)));
-        assert_eq!(PacketId::parts(b"0abcdef00000007fffff"), None);
-        assert_eq!(PacketId::parts(b"0abcdef000000070ffffG"), None);
+        assert_eq!(PacketId::from_text(id.as_bytes()).map(|id| id.parts()), Some((0x0ab_cdef, 7, 0xfffff)));
+        assert_eq!(PacketId::from_text(b"0abcdef00000007fffff"), None);
+        assert_eq!(PacketId::from_text(b"0abcdef000000070ffffG"), None);
         for bits in 0..32 {
             let number = 0x9a3c_71f5_u32.rotate_left(bits);
             assert_eq!(hex(number).to_be_bytes(), *format!("{number:08x}").as_bytes());
@@ -535,7 +543,7 @@ mod tests {
                 let mut text = id.0;
                 text[place] = byte;
                 let digit = byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-                assert_eq!(PacketId::parts(&text).is_some(), digit, "{}", text.escape_ascii());
+                assert_eq!(PacketId::from_text(&text).is_some(), digit, "{}", text.escape_ascii());
             }
         }
     }

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use martlet_core::transport::PacketId;
 
 use crate::driver::{Ack, Refusal};
+use crate::options::MqttQos;
 use crate::record::PublishOptions;
 
 /// A message of ours that the broker must acknowledge.
@@ -53,12 +54,22 @@ pub(crate) enum Acked {
     Refused(Message, Refusal),
 }
 
+/// How many messages may be under way.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Window {
+    pub(crate) all: usize,
+    /// Of quality of service 2.
+    pub(crate) twos: usize,
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Flow {
     last_id: u16,
     order: u64,
     sent: HashMap<u16, Sent>,
+    /// How many of them are of quality of service 2.
+    twos: usize,
     waiting: VecDeque<Message>,
     waiting_bytes: usize,
     /// Ids of subscribing and unsubscribing under way.
@@ -86,21 +97,25 @@ impl Flow {
     }
 
     /// Takes the next message that may go out, and its id.
-    pub(crate) fn next(&mut self, window: usize) -> Option<(u16, &Message)> {
-        if self.sent.len() >= window || self.waiting.is_empty() {
+    pub(crate) fn next(&mut self, window: Window) -> Option<(u16, &Message)> {
+        let is_two = self.waiting.front()?.options.qos == MqttQos::ExactlyOnce;
+        if self.sent.len() >= window.all || is_two && self.twos >= window.twos {
             return None;
         }
         let id = self.fresh_id()?;
         let message = self.waiting.pop_front()?;
         self.waiting_bytes -= message.size();
+        self.twos += usize::from(is_two);
         self.order += 1;
         let sent = Sent { order: self.order, message, released: false };
         Some((id, &self.sent.entry(id).insert_entry(sent).into_mut().message))
     }
 
-    /// Takes a message back that could not be written.
+    /// Ends an exchange.
     pub(crate) fn forget(&mut self, id: u16) -> Option<Message> {
-        Some(self.sent.remove(&id)?.message)
+        let message = self.sent.remove(&id)?.message;
+        self.twos -= usize::from(message.options.qos == MqttQos::ExactlyOnce);
+        Some(message)
     }
 
     pub(crate) fn message(&self, id: u16) -> Option<&Message> {
@@ -109,8 +124,8 @@ impl Flow {
 
     /// PUBACK.
     pub(crate) fn on_puback(&mut self, ack: Ack) -> Acked {
-        match (self.sent.remove(&ack.id), ack.refusal) {
-            (Some(sent), Some(refusal)) => Acked::Refused(sent.message, refusal),
+        match (self.forget(ack.id), ack.refusal) {
+            (Some(message), Some(refusal)) => Acked::Refused(message, refusal),
             _ => Acked::Done,
         }
     }
@@ -131,8 +146,8 @@ impl Flow {
                     None => Acked::Release,
                 }
             }
-            (Some(_), Some(refusal)) => match self.sent.remove(&ack.id) {
-                Some(sent) => Acked::Refused(sent.message, refusal),
+            (Some(_), Some(refusal)) => match self.forget(ack.id) {
+                Some(message) => Acked::Refused(message, refusal),
                 None => Acked::Done,
             },
         }
@@ -140,7 +155,7 @@ impl Flow {
 
     /// PUBCOMP.
     pub(crate) fn on_pubcomp(&mut self, id: u16) {
-        self.sent.remove(&id);
+        self.forget(id);
     }
 
     /// Bytes of messages that wait for room in the window.
@@ -204,13 +219,10 @@ impl Flow {
             self.received.clear();
             // MQTT-17.
             for (_, id, _) in sent {
-                if let Some(sent) = self.sent.remove(&id)
-                    && sent.message.request.is_none()
+                if let Some(message) = self.forget(id)
+                    && message.request.is_none()
                 {
-                    self.push(Message {
-                        options: PublishOptions { dup: false, ..sent.message.options },
-                        ..sent.message
-                    });
+                    self.push(message);
                 }
             }
             Vec::new()
@@ -226,7 +238,10 @@ impl Flow {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::options::MqttQos;
+
+    fn window(all: usize) -> Window {
+        Window { all, twos: all }
+    }
 
     fn message(name: &'static str, qos: MqttQos) -> Message {
         Message {
@@ -243,7 +258,7 @@ mod tests {
 
     fn topics(flow: &mut Flow) -> Vec<(u16, String)> {
         let mut topics = Vec::new();
-        while let Some((id, message)) = flow.next(usize::MAX) {
+        while let Some((id, message)) = flow.next(window(usize::MAX)) {
             topics.push((id, String::from_utf8(message.topic.to_vec()).unwrap()));
         }
         topics
@@ -255,12 +270,12 @@ mod tests {
         for name in ["a", "b", "c"] {
             flow.push(message(name, MqttQos::AtLeastOnce));
         }
-        assert_eq!(flow.next(2).unwrap().0, 1);
-        assert_eq!(flow.next(2).unwrap().0, 2);
-        assert!(flow.next(2).is_none());
+        assert_eq!(flow.next(window(2)).unwrap().0, 1);
+        assert_eq!(flow.next(window(2)).unwrap().0, 2);
+        assert!(flow.next(window(2)).is_none());
         assert!(matches!(flow.on_puback(ack(1)), Acked::Done));
         assert_eq!(flow.waiting_bytes(), 17);
-        assert_eq!(flow.next(2).unwrap().0, 3);
+        assert_eq!(flow.next(window(2)).unwrap().0, 3);
         assert_eq!(flow.waiting_bytes(), 0);
         assert!(!flow.is_idle());
         flow.on_puback(ack(2));
@@ -272,11 +287,29 @@ mod tests {
     fn exactly_once_takes_four_packets() {
         let mut flow = Flow::default();
         flow.push(message("a", MqttQos::ExactlyOnce));
-        assert_eq!(flow.next(1).unwrap().0, 1);
+        assert_eq!(flow.next(window(1)).unwrap().0, 1);
         assert!(matches!(flow.on_pubrec(ack(1)), Acked::Release));
         assert!(!flow.is_idle());
         flow.on_pubcomp(1);
         assert!(flow.is_idle());
+    }
+
+    #[test]
+    fn exactly_once_has_a_window_of_its_own() {
+        let mut flow = Flow::default();
+        for qos in [MqttQos::ExactlyOnce, MqttQos::AtLeastOnce, MqttQos::ExactlyOnce, MqttQos::AtLeastOnce] {
+            flow.push(message("a", qos));
+        }
+        let narrow = Window { all: 10, twos: 1 };
+        assert_eq!(flow.next(narrow).unwrap().0, 1);
+        assert_eq!(flow.next(narrow).unwrap().0, 2);
+        // In order: what is behind it waits, too.
+        assert!(flow.next(narrow).is_none());
+        flow.on_pubrec(ack(1));
+        assert!(flow.next(narrow).is_none());
+        flow.on_pubcomp(1);
+        assert_eq!(flow.next(narrow).unwrap().0, 3);
+        assert_eq!(flow.next(narrow).unwrap().0, 4);
     }
 
     #[test]
@@ -285,8 +318,8 @@ mod tests {
         for name in ["a", "b", "c"] {
             flow.push(message(name, MqttQos::ExactlyOnce));
         }
-        flow.next(2);
-        flow.next(2);
+        flow.next(window(2));
+        flow.next(window(2));
         flow.on_pubrec(ack(1));
         flow.received(9);
         assert_eq!(flow.resume(true), [Again::Release(1), Again::Publish(2)]);
@@ -302,8 +335,8 @@ mod tests {
         }
         let id = PacketId::from_text(b"0abcdef000000070fffff").unwrap();
         flow.push(Message { request: Some(id), ..message("request", MqttQos::AtLeastOnce) });
-        flow.next(2);
-        flow.next(2);
+        flow.next(window(2));
+        flow.next(window(2));
         flow.received(9);
         assert_eq!(flow.resume(false), []);
         assert!(!flow.is_received(9));
@@ -315,7 +348,7 @@ mod tests {
     fn ids_under_way_are_not_given_out_again() {
         let mut flow = Flow::default();
         flow.push(message("a", MqttQos::AtLeastOnce));
-        assert_eq!(flow.next(1).unwrap().0, 1);
+        assert_eq!(flow.next(window(1)).unwrap().0, 1);
         let control: Vec<_> = (0..65_534).map(|_| flow.control_id().unwrap()).collect();
         assert!(!control.contains(&1) && !control.contains(&0));
         assert_eq!(flow.control_id(), None);

@@ -20,7 +20,7 @@ use tokio::io::AsyncWrite;
 use tokio::time::{Instant, Sleep};
 
 use crate::driver::{self, Ack, AckKind, ConnAck, Filter, Incoming, Publish, ReadError, Refusal, Version};
-use crate::flow::{Acked, Again, Flow, Message};
+use crate::flow::{Acked, Again, Flow, Message, Window};
 use crate::net::Stream;
 use crate::options::{MqttQos, MqttSubscribeOptions};
 use crate::record::PublishOptions;
@@ -29,6 +29,8 @@ use crate::record::PublishOptions;
 const READ_CHUNK: usize = 64 * 1024;
 /// The least room to read into.
 const READ_LEAST: usize = 4 * 1024;
+/// How many exchanges of quality of service 2 a broker of MQTT 3.1.1 is trusted with: mosquitto's default.
+const UNTOLD_WINDOW: usize = 20;
 /// What an arrival that waits costs beside its bytes.
 const ARRIVAL_OVERHEAD: usize = 128;
 
@@ -101,6 +103,7 @@ pub(crate) struct Link {
     dropped_before: u64,
     skip: Option<Skip>,
     connack: Option<ConnAck>,
+    is_open: bool,
     /// What the broker allows.
     broker: ConnAck,
     controls: HashMap<u16, Control>,
@@ -148,6 +151,7 @@ impl Link {
             dropped_before: 0,
             skip: None,
             connack: None,
+            is_open: false,
             broker: ConnAck::default(),
             controls: HashMap::new(),
             signals: VecDeque::new(),
@@ -175,16 +179,18 @@ impl Link {
 
     /// Waits for the answer to CONNECT.
     pub(crate) fn poll_connack(&mut self, cx: &mut Context<'_>) -> Poll<Result<ConnAck, SessionError>> {
-        let _ = self.poll_work(cx)?;
-        match self.connack.take() {
-            Some(connack) => Poll::Ready(Ok(connack)),
-            None => Poll::Pending,
+        let worked = self.poll_work(cx);
+        // A broker that refuses closes the connection behind its answer.
+        if let Some(connack) = self.connack.take() {
+            return Poll::Ready(Ok(connack));
         }
+        worked.map(|_| Poll::Pending)?
     }
 
     /// The connection is accepted; what is unfinished is sent again.
     pub(crate) fn opened(&mut self, connack: ConnAck, keepalive: u16) -> Result<(), SessionError> {
         let again = self.flow.resume(connack.session_present);
+        self.is_open = true;
         let keepalive = connack.keepalive.unwrap_or(keepalive);
         self.broker = connack;
         for again in again {
@@ -312,8 +318,14 @@ impl Link {
 
     /// Sends what the window has room for.
     fn publish_waiting(&mut self) {
+        if !self.is_open {
+            return;
+        }
         let broker = self.broker.receive_maximum.map_or(usize::MAX, usize::from);
-        let window = self.limits.publish_window.min(broker).max(1);
+        let all = self.limits.publish_window.min(broker).max(1);
+        // MQTT-10: an MQTT 3.1.1 broker does not tell its bound, and mosquitto loses exchanges beyond it.
+        let twos = if self.version.is_v5() { all } else { all.min(UNTOLD_WINDOW) };
+        let window = Window { all, twos };
         while let Some((id, _)) = self.flow.next(window) {
             self.write_sent(id, false);
         }
@@ -416,6 +428,11 @@ impl Link {
     fn read_some(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
         let mut budget = READ_CHUNK;
         loop {
+            if self.is_full() {
+                // What waits is the broker's sign of life; taking it brings us back here.
+                self.keep.received = true;
+                return Ok(());
+            }
             if self.input.capacity() - self.input.len() < READ_LEAST {
                 self.input.reserve(READ_CHUNK);
             }
@@ -439,6 +456,14 @@ impl Link {
                 }
             }
         }
+    }
+
+    /// Whether the broker is held back by not reading: more waits than may, and none of it can be dropped. Not
+    /// while messages of ours wait for its acknowledgements.
+    fn is_full(&self) -> bool {
+        self.arrived_bytes > self.limits.buffered_bytes
+            && self.arrived.back().is_some_and(|publish| publish.qos != MqttQos::AtMostOnce)
+            && !self.flow.is_waiting()
     }
 
     /// Why the connection is over, once everything it brought has been taken.

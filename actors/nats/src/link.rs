@@ -84,6 +84,8 @@ pub(crate) struct Settings {
     pub(crate) queue: Option<String>,
     pub(crate) graceful_shutdown: bool,
     pub(crate) headers: Headers,
+    /// Whether a deadline makes headers where there are none.
+    pub(crate) deadline_header: bool,
     pub(crate) service: Option<Arc<Service>>,
     pub(crate) codec: Arc<dyn Codec>,
 }

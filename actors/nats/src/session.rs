@@ -170,6 +170,12 @@ impl NatsReader {
                     return None;
                 }
                 let id = PacketId::from_text(token.as_bytes())?;
+                if message.status.is_none()
+                    && let Some(reply) = link.settings.codec.decode_short_response(&message.payload)
+                    && reply.id == id
+                {
+                    return Some(Inbound::Reply(reply));
+                }
                 let status = message.status.map(|status| status.as_u16());
                 match wire::decode_response(&*link.settings.codec, token, status, &message.payload) {
                     Answer::Reply(packet) => Some(Inbound::Response(packet)),
@@ -330,6 +336,7 @@ impl std::fmt::Debug for NatsWriter {
 impl NatsWriter {
     fn message(&mut self, message: &mut OutboundMessage, reply: Option<Subject>) -> Result<(), WireError> {
         let (fixed, limit) = (&self.link.settings.headers, self.max_header_bytes);
+        let deadline_header = self.link.settings.deadline_header;
         let codec = &*self.link.settings.codec;
         let (size, body, headers);
         if let Some(timeout) = message.timeout
@@ -340,14 +347,14 @@ impl NatsWriter {
             // Most calls carry the client's own timeout and nothing else: it is put in words once.
             let usual = match self.usual.take() {
                 Some(usual) if usual.timeout == timeout => usual,
-                _ => wire::UsualCall::new(timeout, limit)?,
+                _ => wire::UsualCall::new(timeout, limit, deadline_header)?,
             };
             let usual = self.usual.insert(usual);
             body = wire::encode_request(codec, message, Some(&usual.metadata), &mut self.buffer)?;
             (size, headers) = (usual.header_bytes, usual.headers.clone());
         } else {
             message.put_timeout();
-            headers = wire::headers_for(&message.headers, fixed, &message.metadata, limit)?;
+            headers = wire::headers_for(&message.headers, fixed, &message.metadata, limit, deadline_header)?;
             let metadata = Some(&message.metadata).filter(|metadata| !metadata.is_empty());
             body = wire::encode_request(codec, message, metadata, &mut self.buffer)?;
             size = headers.as_ref().map_or(0, wire::header_bytes);
@@ -383,6 +390,7 @@ impl NatsWriter {
                 &Headers::new(),
                 &martlet_core::Metadata::new(),
                 self.max_header_bytes,
+                false,
             )?,
             None => None,
         };

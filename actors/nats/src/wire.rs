@@ -256,12 +256,13 @@ pub(crate) fn header_bytes(map: &HeaderMap) -> usize {
 }
 
 /// NATS-11, NATS-12: the headers of a message: its own, then those of the options that it does not have, then the metadata
-/// that also travels as headers. `None` when there are none.
+/// that also travels as headers; a deadline only with others, unless `deadline` says otherwise. `None` when there are none.
 pub(crate) fn headers_for(
     own: &Headers,
     fixed: &Headers,
     metadata: &Metadata,
     limit: usize,
+    deadline: bool,
 ) -> Result<Option<HeaderMap>, WireError> {
     let propagated = HEADER_METADATA.iter().filter_map(|key| Some((*key, metadata.get(key)?)));
     let mut map = HeaderMap::new();
@@ -272,7 +273,10 @@ pub(crate) fn headers_for(
         append(&mut map, name, value)?;
     }
     for (name, value) in propagated.filter(|(name, _)| !own.contains(name) && !fixed.contains(name)) {
-        append_value(&mut map, HeaderName::from_static(name), value)?;
+        // The deadline comes last.
+        if deadline || name != TIMEOUT_KEY || !map.is_empty() {
+            append_value(&mut map, HeaderName::from_static(name), value)?;
+        }
     }
     if map.is_empty() {
         return Ok(None);
@@ -308,10 +312,10 @@ pub(crate) struct UsualCall {
 }
 
 impl UsualCall {
-    pub(crate) fn new(timeout: Duration, limit: usize) -> Result<Self, WireError> {
+    pub(crate) fn new(timeout: Duration, limit: usize, deadline: bool) -> Result<Self, WireError> {
         let mut metadata = Metadata::from_iter([(TIMEOUT_KEY, timeout.as_millis().to_string())]);
         metadata.keep_json();
-        let headers = headers_for(&Headers::new(), &Headers::new(), &metadata, limit)?;
+        let headers = headers_for(&Headers::new(), &Headers::new(), &metadata, limit, deadline)?;
         let header_bytes = headers.as_ref().map_or(0, header_bytes);
         Ok(Self { timeout, metadata, headers, header_bytes })
     }

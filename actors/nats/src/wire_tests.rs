@@ -196,13 +196,30 @@ fn own_headers_win_over_those_of_the_options() {
     let own: Headers = [("x-over", "req"), ("x-m", "1"), ("x-m", "2")].into_iter().collect();
     let fixed: Headers = [("x-version", "1.0"), ("x-over", "client")].into_iter().collect();
     let metadata: Metadata = [(TRACEPARENT_KEY, "t"), ("other", "o")].into_iter().collect();
-    let map = headers_for(&own, &fixed, &metadata, 1000).unwrap().unwrap();
+    let map = headers_for(&own, &fixed, &metadata, 1000, true).unwrap().unwrap();
     let lines = headers_of(&map);
     let lines: Vec<_> = lines.iter().collect();
     let expected =
         [("traceparent", "t"), ("x-m", "1"), ("x-m", "2"), ("x-over", "req"), ("x-version", "1.0")];
     assert_eq!(lines, expected);
-    assert!(headers_for(&Headers::new(), &Headers::new(), &Metadata::new(), 0).unwrap().is_none());
+    assert!(headers_for(&Headers::new(), &Headers::new(), &Metadata::new(), 0, true).unwrap().is_none());
+}
+
+#[test]
+fn a_deadline_makes_no_headers_where_it_must_not() {
+    let metadata = Metadata::from_iter([(TIMEOUT_KEY, "5")]);
+    let names = |own: &Headers, deadline| {
+        let map = headers_for(own, &Headers::new(), &metadata, 1000, deadline).unwrap();
+        map.map_or(Vec::new(), |map| headers_of(&map).iter().map(|(name, _)| name.to_owned()).collect())
+    };
+    let own: Headers = [("k", "v")].into_iter().collect();
+    assert_eq!(names(&Headers::new(), true), [TIMEOUT_KEY]);
+    assert_eq!(names(&Headers::new(), false), Vec::<String>::new());
+    assert_eq!(names(&own, false), ["k", TIMEOUT_KEY]);
+    let usual = |deadline| UsualCall::new(Duration::from_millis(5), 1000, deadline).unwrap();
+    assert_eq!(usual(true).metadata, metadata);
+    assert_eq!(usual(true).header_bytes, header_bytes(&usual(true).headers.unwrap()));
+    assert_eq!((usual(false).metadata, usual(false).headers, usual(false).header_bytes), (metadata, None, 0));
 }
 
 #[test]
@@ -210,7 +227,7 @@ fn header_bounds_hold_from_both_sides() {
     let own: Headers = [("k", "v")].into_iter().collect();
     // NATS/1.0, line break, k: v, line break, line break.
     let size = 10 + 6 + 2;
-    let check = |limit| headers_for(&own, &Headers::new(), &Metadata::new(), limit);
+    let check = |limit| headers_for(&own, &Headers::new(), &Metadata::new(), limit, true);
     assert_eq!(header_bytes(&check(size).unwrap().unwrap()), size);
     assert!(matches!(check(size - 1), Err(WireError::HeadersTooLarge { .. })));
     check_size(size + 10, size + 10).unwrap();
@@ -221,7 +238,7 @@ fn header_bounds_hold_from_both_sides() {
 fn headers_that_would_break_the_protocol_are_refused() {
     let check = |name: &str, value: &str| {
         let own: Headers = [(name, value)].into_iter().collect();
-        headers_for(&own, &Headers::new(), &Metadata::new(), 1000)
+        headers_for(&own, &Headers::new(), &Metadata::new(), 1000, true)
     };
     check("K", "V é").unwrap();
     assert!(matches!(check("a:b", "v"), Err(WireError::HeaderName { .. })));

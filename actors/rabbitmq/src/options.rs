@@ -330,7 +330,8 @@ martlet_core::transport_options! {
         /// The consumer's name in the broker's monitoring; the broker refuses a name that the channel has already.
         /// Default: one that the broker makes.
         "consumerTag" consumer_tag: String = String::new(), (impl Into<String>) |tag| tag.into();
-        /// Attempts to get the first connection, and each lost one back; -1 for no end. Default -1.
+        /// Attempts to get the first connection, and each lost one back. -1: a lost one without end, the first one
+        /// once, so that a service whose broker is not there fails to start (NestJS's waits for it). Default -1.
         "maxConnectionAttempts" max_connection_attempts: i32 = -1, (i32) |attempts| attempts;
         /// With `noAck` false: what becomes of a message whose handler failed; one whose handler succeeded is
         /// acknowledged. Without it NestJS's rule: the handler acknowledges through its context. Default none.

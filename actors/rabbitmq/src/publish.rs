@@ -67,11 +67,6 @@ impl Replies {
         }
     }
 
-    /// On a channel that is yet to be opened; until then nothing may be flushed.
-    pub(crate) fn closed(any: &Channel) -> Self {
-        Self::new(any.clone())
-    }
-
     pub(crate) fn push(&mut self, message: Outgoing) {
         self.queued_bytes += message.size();
         self.queue.push_back(message);

@@ -102,7 +102,7 @@ impl RmqSession {
             subscriptions.iter().for_each(|subscription| routes.add(subscription.route.clone()));
             routes
         });
-        let out = Out::Server { replies: Replies::new(replies), doubtful: None };
+        let out = Out::Server(Replies::new(replies));
         Self::new(link, settings, peer, channel, consumer, (queue, settler, routes), |_| out)
     }
 
@@ -386,15 +386,11 @@ impl SessionReader<RmqReplyTo> for RmqReader {
 // === impl SessionWriter ===
 
 enum Out {
-    Server {
-        replies: Replies,
-        /// Replies to addresses that may cost the channel.
-        doubtful: Option<Replies>,
-    },
+    Server(Replies),
     Client(Confirmed),
 }
 
-/// A channel that is being opened, and whether it is that for doubtful replies.
+/// A channel that is being opened.
 type Opening = LocalBoxFuture<'static, Result<Channel, lapin::Error>>;
 
 /// The half that writes.
@@ -411,7 +407,6 @@ pub struct RmqWriter {
     base: BasicProperties,
     reply_to: ShortString,
     opening: Option<Opening>,
-    opening_doubtful: Option<Opening>,
     window: Window,
     verdicts: Vec<(u64, Verdict)>,
     frames: Vec<SettleFrame>,
@@ -460,7 +455,6 @@ impl RmqWriter {
             base,
             reply_to,
             opening: None,
-            opening_doubtful: None,
             window: Window::default(),
             verdicts: Vec::new(),
             frames: Vec::new(),
@@ -507,12 +501,20 @@ impl RmqWriter {
         body: &ResponseBody,
         headers: Option<Headers>,
     ) -> Result<(), WireError> {
-        let Out::Server { replies, doubtful } = &mut self.out else { return Ok(()) };
+        let Out::Server(replies) = &mut self.out else { return Ok(()) };
         // RMQ-8: without an address the reply is lost, as in NestJS.
         let Some(address) = to.properties.reply_to().as_ref().filter(|address| !address.as_str().is_empty())
         else {
             return Ok(());
         };
+        if !wire::is_sound_reply_address(address.as_str()) {
+            // RMQ-12: the broker would close the connection.
+            let address = address.as_str();
+            self.shared.report(format!(
+                "the reply to {address:?} was dropped: the broker has given out no such address"
+            ));
+            return Ok(());
+        }
         let mut properties = self.base.clone();
         if let Some(own) = headers {
             properties = wire::with_own(properties, &own, self.limits)?;
@@ -529,18 +531,7 @@ impl RmqWriter {
             properties,
             mandatory: false,
         };
-        if wire::is_sound_reply_address(address.as_str()) {
-            replies.push(reply);
-        } else {
-            // RMQ-12: it may cost its channel, so that is not the one of the other replies.
-            let shared = &self.shared;
-            let doubtful = doubtful.get_or_insert_with(|| {
-                let connection = Arc::clone(&shared.link.connection);
-                self.opening_doubtful = Some(async move { connection.create_channel().await }.boxed_local());
-                Replies::closed(&shared.channel)
-            });
-            doubtful.push(reply);
-        }
+        replies.push(reply);
         Ok(())
     }
 
@@ -609,14 +600,7 @@ impl RmqWriter {
         let shared = &self.shared;
         match &mut self.out {
             Out::Client(out) => out.poll_flush(cx).map_err(|error| lost(&error)),
-            Out::Server { replies, doubtful } => {
-                let first = poll_replies(shared, replies, &mut self.opening, cx)?;
-                let second = match doubtful {
-                    Some(doubtful) => poll_replies(shared, doubtful, &mut self.opening_doubtful, cx)?,
-                    None => Poll::Ready(()),
-                };
-                if first.is_ready() && second.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
-            }
+            Out::Server(replies) => poll_replies(shared, replies, &mut self.opening, cx)?.map(Ok),
         }
     }
 }
@@ -714,9 +698,7 @@ impl SessionWriter<RmqReplyTo> for RmqWriter {
     fn pending_bytes(&self) -> usize {
         match &self.out {
             Out::Client(out) => out.pending_bytes(),
-            Out::Server { replies, doubtful } => {
-                replies.pending_bytes() + doubtful.as_ref().map_or(0, Replies::pending_bytes)
-            }
+            Out::Server(replies) => replies.pending_bytes(),
         }
     }
 

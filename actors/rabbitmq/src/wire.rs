@@ -328,24 +328,58 @@ pub(crate) fn json_value(value: &AMQPValue) -> Value {
 
 // === reply addresses ===
 
-/// RMQ-12: whether a reply address has the form of the broker's own or is an ordinary queue. The broker closes the
-/// channel that sends to one that only looks like its own.
+/// RMQ-12: whether a reply address is an ordinary queue or one that the broker can have given out: a process and a
+/// key, each in base64. RabbitMQ closes the whole connection that publishes to one that it cannot take apart.
 pub(crate) fn is_sound_reply_address(address: &str) -> bool {
     let Some(token) = address.strip_prefix(DIRECT_REPLY_TO) else { return true };
-    let Some(token) = token.strip_prefix('.') else { return false };
-    let mut parts = token.split('.');
-    let base64 = |part: &str| {
-        !part.is_empty()
-            && part.len() % 4 == 0
-            && part
-                .trim_end_matches('=')
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || b"+/".contains(&byte))
+    let Some((process, key)) = token.strip_prefix('.').and_then(|token| token.split_once('.')) else {
+        return false;
     };
-    // The first part is an external term: version 131 and the tag of a process, in base64.
-    let process = |part: &str| part.starts_with("g2") || part.starts_with("g1");
-    matches!((parts.next(), parts.next(), parts.next()), (Some(first), Some(second), None)
-        if base64(first) && process(first) && base64(second))
+    base64(process).is_some_and(|process| is_process(&process)) && base64(key).is_some()
+}
+
+/// Reads base64 in the usual alphabet, padded.
+fn base64(text: &str) -> Option<Vec<u8>> {
+    if text.is_empty() || !text.len().is_multiple_of(4) {
+        return None;
+    }
+    let digits = text.strip_suffix("==").or_else(|| text.strip_suffix('=')).unwrap_or(text);
+    let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
+    let (mut bits, mut count) = (0u32, 0);
+    for byte in digits.bytes() {
+        let digit = match byte {
+            b'A'..=b'Z' => byte - b'A',
+            b'a'..=b'z' => byte - b'a' + 26,
+            b'0'..=b'9' => byte - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => return None,
+        };
+        bits = bits << 6 | u32::from(digit);
+        count += 6;
+        if count >= 8 {
+            count -= 8;
+            bytes.push((bits >> count) as u8);
+        }
+    }
+    Some(bytes)
+}
+
+/// Whether bytes are a process in Erlang's external term format.
+fn is_process(bytes: &[u8]) -> bool {
+    // Version 131; a process with a creation of four bytes, or of one.
+    let (rest, tail) = match bytes {
+        [131, 88, rest @ ..] => (rest, 12),
+        [131, 103, rest @ ..] => (rest, 9),
+        _ => return false,
+    };
+    // The node's name, an atom: with a length of two bytes, or of one.
+    let (name, rest) = match rest {
+        [118 | 100, high, low, rest @ ..] => (usize::from(*high) << 8 | usize::from(*low), rest),
+        [119 | 115, length, rest @ ..] => (usize::from(*length), rest),
+        _ => return false,
+    };
+    name > 0 && rest.len() == name + tail && std::str::from_utf8(&rest[..name]).is_ok()
 }
 
 #[cfg(test)]

@@ -260,6 +260,17 @@ fn json_becomes_amqp_and_back() {
 }
 
 #[test]
+fn every_reply_address_that_was_captured_is_sound() {
+    let direct: Vec<String> = captured("server->client")
+        .iter()
+        .map(|vector| vector["routing_key"].as_str().unwrap().to_owned())
+        .filter(|key| key.starts_with(DIRECT_REPLY_TO))
+        .collect();
+    assert!(direct.len() > 80, "{}", direct.len());
+    direct.iter().for_each(|address| assert!(is_sound_reply_address(address), "{address}"));
+}
+
+#[test]
 fn reply_addresses_that_only_look_like_the_brokers_are_told_apart() {
     let sound = "amq.rabbitmq.reply-to.g1h2AA1yZXBseUA5NTAyNjUzAAAJwwAAAABrAt2G.Umgw4wX0UaeklbfAkJWspA==";
     for good in [sound, "my.replies", "", "amq.gen-abc"] {
@@ -273,6 +284,10 @@ fn reply_addresses_that_only_look_like_the_brokers_are_told_apart() {
         "amq.rabbitmq.reply-to.AAAA.BBBB",
         "amq.rabbitmq.reply-to.g1h2.{}==",
         "amq.rabbitmq.reply-to.g1h2.AAAA.AAAA",
+        "amq.rabbitmq.reply-to.g1h2AA1yZXBseUA5NTAyNjUzAAAJwwAAAABrAt2G",
+        "amq.rabbitmq.reply-to.g1h2AA1yZXBseUA5NTAyNjUzAAAJwwAAAABrAt2G.",
+        "amq.rabbitmq.reply-to.g1h2AA1yZXBseUA5NTAyNjUzAAAJwwAAAABrAt2GAAAA.AAAA",
+        "amq.rabbitmq.reply-to.g1h2AAFyZXBseUA5NTAyNjUzAAAJwwAAAABrAt2G.AAAA",
     ] {
         assert!(!is_sound_reply_address(bad), "{bad}");
     }

@@ -7,6 +7,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::ops::Range;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use martlet_core::json::is_ascii;
@@ -83,6 +84,12 @@ pub trait Framing: Send + Sync + fmt::Debug + 'static {
         state: &mut FrameState,
         limits: &FrameLimits,
     ) -> Result<Option<Bytes>, FrameError>;
+
+    /// Where the body of the whole frame at the front of `buf` is, if that is plain to see; the frame ends with it.
+    /// `None` wherever it is not, also where [`Framing::decode`] would find one.
+    fn peek(&self, _buf: &[u8], _state: &FrameState, _limits: &FrameLimits) -> Option<Range<usize>> {
+        None
+    }
 
     /// Reserves room for a prefix at the end of `out`. Append the body next, then call [`Framing::finish`].
     /// `hint` is about how long the body will be; a good guess saves a copy, a bad one does no harm.
@@ -312,6 +319,16 @@ impl Framing for NestFraming {
         buf.advance(prefix);
         let body = buf.split_to(end - prefix).freeze();
         Ok(Some(if broken { Bytes::from(String::from_utf8_lossy(&body).into_owned()) } else { body }))
+    }
+
+    fn peek(&self, buf: &[u8], state: &FrameState, limits: &FrameLimits) -> Option<Range<usize>> {
+        if state.scanned > 0 || state.prefix.is_some() {
+            return None;
+        }
+        let digits = buf.iter().take(8).position(|byte| *byte == b'#')?;
+        let length = plain_length(&buf[..digits], limits).filter(|length| *length > 0)?;
+        let body = digits + 1..digits + 1 + length;
+        (body.end <= limits.max_frame && is_ascii(buf.get(body.clone())?)).then_some(body)
     }
 
     fn begin(&self, out: &mut BytesMut, hint: usize) -> FrameMark {

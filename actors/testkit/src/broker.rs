@@ -324,6 +324,22 @@ impl Broker {
         }
     }
 
+    /// Asks it to end (SIGTERM) and waits until it has, which lets it save what it keeps; kills it after ten
+    /// seconds.
+    ///
+    /// # Errors
+    ///
+    /// When the signal cannot be sent.
+    pub fn shut_down(&mut self) -> Result<(), BrokerError> {
+        self.signal("TERM")?;
+        let until = Instant::now() + Duration::from_secs(10);
+        while self.is_running() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.stop();
+        Ok(())
+    }
+
     /// Starts it again after [`stop`](Self::stop); ready when it accepts connections.
     ///
     /// # Errors

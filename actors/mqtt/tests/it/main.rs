@@ -5,6 +5,9 @@
 mod calls;
 mod config;
 mod conformance;
+mod delivery;
+mod faults;
 mod messages;
 mod raw;
+mod storm;
 mod world;

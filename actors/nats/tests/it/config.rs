@@ -24,10 +24,11 @@ fn options_have_nestjs_names() {
     assert_eq!(options.services_discovery.unwrap().version, "1.0.0");
     let options: NatsClientOptions = serde_json::from_value(json!({
         "servers": ["nats://a"], "headers": {"x-version": "1.0", "x-m": ["1", "2"]}, "callTimeout": null,
+        "deadlineHeader": false,
     }))
     .unwrap();
     assert_eq!(options.headers.get_all("x-m").collect::<Vec<_>>(), ["1", "2"]);
-    assert_eq!(options.call_timeout, None);
+    assert_eq!((options.call_timeout, options.deadline_header), (None, false));
     assert_eq!(options.client.max_pending, 65_536);
 }
 

@@ -5,6 +5,8 @@
 mod acks;
 mod config;
 mod conformance;
+mod faults;
 mod messages;
 mod raw;
+mod storm;
 mod world;

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Many calls and events while the broker is killed, restarted and frozen, and lines are cut.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use martlet_core::{ConnectionStatus, Data, Microservice, RpcError, event};
+use martlet_mqtt::{MqttClient, MqttQos, MqttRecordBuilder, MqttServer, MqttSubscribeOptions};
+use martlet_testkit::relay::Relay;
+use martlet_testkit::storm::{Storm, every_route_answers};
+
+use crate::world::{GRACE, broker, broker_with, client_options, server_options, until};
+
+const CALLS: u64 = 50_000;
+const EVENTS: u64 = 50_000;
+const RESTARTS: u64 = 10;
+
+fn url(relay: &Relay) -> String {
+    format!("mqtt://127.0.0.1:{}", relay.port())
+}
+
+#[actix::test]
+async fn fifty_thousand_calls_survive_ten_restarts_of_the_broker() {
+    let begin = Instant::now();
+    let mut broker = broker();
+    // Everybody has a line of its own, the broker's port stays.
+    let relays: Vec<Relay> = (0..4).map(|_| Relay::start(broker.port())).collect();
+    let storm = Storm::new(CALLS);
+    let mut service = Microservice::new()
+        .arbiters(1)
+        .server(MqttServer::new(server_options(&broker).url(url(&relays[0])).protocol_version(5)));
+    for group in storm.handlers() {
+        service = service.handlers(group);
+    }
+    let service = service.start().await.unwrap();
+    let clients: Vec<_> = relays[1..]
+        .iter()
+        .enumerate()
+        .map(|(number, relay)| {
+            MqttClient::new(
+                client_options(&broker)
+                    .url(url(relay))
+                    .protocol_version(if number == 0 { 5 } else { 4 })
+                    // Nobody says that a request was lost on its way.
+                    .call_timeout(Duration::from_secs(1)),
+            )
+        })
+        .collect();
+    let chaos = {
+        let storm = storm.clone();
+        move || {
+            let mut cut = 0;
+            let mut cut_until = |ended| {
+                while storm.ended() < ended {
+                    std::thread::sleep(Duration::from_millis(50 + cut as u64 * 7 % 90));
+                    // The service's line less often than the clients'.
+                    relays[[1, 2, 3, 2, 1, 3, 1, 2, 3, 0][cut % 10]].cut_one(cut);
+                    cut += 1;
+                }
+            };
+            for restart in 1..=RESTARTS {
+                cut_until(restart * CALLS / (RESTARTS + 1));
+                if restart % 3 == 0 {
+                    broker.freeze().unwrap();
+                    std::thread::sleep(Duration::from_millis(300));
+                    broker.thaw().unwrap();
+                }
+                broker.stop();
+                std::thread::sleep(Duration::from_millis(restart * 13 % 100));
+                broker.restart().unwrap();
+            }
+            cut_until(CALLS - CALLS / 50);
+            (broker, relays, cut)
+        }
+    };
+    let (outcomes, chaos) =
+        futures::join!(storm.run(&clients, 100), async { tokio::task::spawn_blocking(chaos).await.unwrap() });
+    let (broker, relays, cuts) = chaos;
+    let server = service.servers()[0].clone();
+    until("the service is connected", || server.status() == Some(ConnectionStatus::Connected)).await;
+    for client in &clients {
+        every_route_answers(client).await;
+        assert_eq!((client.pending(), client.occupied()), (0, 0));
+        client.close().await;
+    }
+    let report = service.stop(GRACE).await;
+    assert!(report.clean, "{report:?}");
+    storm.check_runs();
+    let took = begin.elapsed();
+    eprintln!("{outcomes:?}; {RESTARTS} restarts, {cuts} cuts; {took:.1?}");
+    assert!(outcomes["value"] > CALLS / 2, "{outcomes:?}");
+    assert!(outcomes.contains_key("lost"), "{outcomes:?}");
+    assert!(took < Duration::from_secs(120), "{took:?}");
+    drop((relays, broker));
+}
+
+/// MQTT-10, MQTT-15, MQTT-16: quality of service 1, sessions that the broker keeps, acknowledgement after the
+/// handler.
+#[actix::test]
+async fn fifty_thousand_acknowledged_events_survive_ten_restarts_of_the_broker() {
+    for version in [4, 5] {
+        let begin = Instant::now();
+        let mut broker = broker_with("persistence true\npersistence_location $DIR/");
+        let relays = [Relay::start(broker.port()), Relay::start(broker.port())];
+        let seen: Arc<Vec<AtomicU32>> = Arc::new((0..EVENTS).map(|_| AtomicU32::new(0)).collect());
+        let (distinct, again) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let group = {
+            let (seen, distinct, again) = (Arc::clone(&seen), Arc::clone(&distinct), Arc::clone(&again));
+            event("storm/event", move |Data(number): Data<u64>| {
+                let counter = if seen[number as usize].fetch_add(1, Ordering::Relaxed) == 0 {
+                    &distinct
+                } else {
+                    &again
+                };
+                counter.fetch_add(1, Ordering::Relaxed);
+                async move {
+                    if number % 100 == 0 {
+                        tokio::time::sleep(Duration::from_millis(2)).await;
+                    }
+                    Ok::<_, RpcError>(())
+                }
+            })
+        };
+        let options = server_options(&broker)
+            .url(url(&relays[0]))
+            .protocol_version(version)
+            .client_id("storm-server")
+            .clean(false)
+            .subscribe_options(MqttSubscribeOptions::qos(MqttQos::AtLeastOnce))
+            .manual_acks(true);
+        let service = Microservice::new()
+            .arbiters(1)
+            .handlers(group)
+            .server(MqttServer::new(options))
+            .start()
+            .await
+            .unwrap();
+        let client = MqttClient::new(
+            client_options(&broker)
+                .url(url(&relays[1]))
+                .protocol_version(version)
+                .client_id("storm-client")
+                .clean(false),
+        );
+        let progress = Arc::clone(&distinct);
+        let chaos = tokio::task::spawn_blocking(move || {
+            let mut cut = 0;
+            for restart in 1..=RESTARTS {
+                while progress.load(Ordering::Relaxed) < restart * EVENTS / (RESTARTS + 1) {
+                    std::thread::sleep(Duration::from_millis(40 + cut as u64 * 7 % 90));
+                    relays[cut % 2].cut_one(cut);
+                    cut += 1;
+                }
+                if restart % 3 == 0 {
+                    broker.freeze().unwrap();
+                    std::thread::sleep(Duration::from_millis(300));
+                    broker.thaw().unwrap();
+                }
+                // It saves what it has confirmed; a power cut would take what mosquitto had not yet written.
+                broker.shut_down().unwrap();
+                std::thread::sleep(Duration::from_millis(restart * 13 % 100));
+                broker.resume().unwrap();
+            }
+            (broker, relays, cut)
+        });
+        for number in 0..EVENTS {
+            let record = || MqttRecordBuilder::new(number).set_qos(MqttQos::AtLeastOnce).build();
+            while client.emit("storm/event", record()).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+        let (broker, relays, cuts) = chaos.await.unwrap();
+        for _ in 0..4000 {
+            if distinct.load(Ordering::Relaxed) == EVENTS {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let missing = seen.iter().filter(|times| times.load(Ordering::Relaxed) == 0).count();
+        let took = begin.elapsed();
+        let again = again.load(Ordering::Relaxed);
+        eprintln!(
+            "MQTT {version}: {missing} missing, {again} came again; {RESTARTS} restarts, {cuts} cuts; {took:.1?}"
+        );
+        assert_eq!(missing, 0);
+        assert_eq!(client.occupied(), 0);
+        client.close().await;
+        assert!(service.stop(GRACE).await.clean);
+        assert!(took < Duration::from_secs(90), "{took:?}");
+        drop((relays, broker));
+    }
+}

@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Many calls and events while the broker is killed, started again and frozen, and lines are cut; and a producer
+//! that is faster than its handlers.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use martlet_core::{ConnectionStatus, Data, FailurePolicy, Microservice, RpcError, event};
+use martlet_rabbitmq::{RmqClient, RmqServer, RmqSocketOptions};
+use martlet_testkit::broker::{Broker, BrokerCommand};
+use martlet_testkit::relay::Relay;
+use martlet_testkit::storm::{Storm, every_route_answers};
+use parking_lot::Mutex;
+
+use crate::raw::Raw;
+use crate::world::{GRACE, client_options, server_options, shared_broker, unique, until};
+
+const CALLS: u64 = 50_000;
+const EVENTS: u64 = 50_000;
+const RESTARTS: u64 = 10;
+
+fn url(relay: &Relay) -> [String; 1] {
+    [format!("amqp://127.0.0.1:{}", relay.port())]
+}
+
+/// Sessions that notice a frozen broker, and do not wait long for the next one.
+fn quick() -> RmqSocketOptions {
+    RmqSocketOptions::new()
+        .heartbeat_interval(Duration::from_secs(1))
+        .reconnect_time(Duration::from_millis(50))
+}
+
+/// Kills, restarts and freezes the broker and cuts lines as the work goes on, `done` saying how far it is.
+fn chaos(mut broker: Broker, relays: &[Relay], total: u64, done: impl Fn() -> u64) -> (Broker, u64) {
+    let mut cut = 0u64;
+    let mut cut_until = |goal: u64| {
+        while done() < goal {
+            std::thread::sleep(Duration::from_millis(60 + cut * 37 % 190));
+            relays[cut as usize % relays.len()].cut_one(cut as usize);
+            cut += 1;
+        }
+    };
+    for restart in 1..=RESTARTS {
+        cut_until(restart * total / (RESTARTS + 2));
+        broker.stop();
+        std::thread::sleep(Duration::from_millis(restart * 13 % 100));
+        broker.restart().unwrap();
+        if restart % 5 == 0 {
+            broker.freeze().unwrap();
+            std::thread::sleep(Duration::from_millis(if restart == 5 { 500 } else { 3000 }));
+            broker.thaw().unwrap();
+        }
+    }
+    cut_until((RESTARTS + 1) * total / (RESTARTS + 2));
+    (broker, cut)
+}
+
+#[actix::test]
+async fn fifty_thousand_calls_survive_ten_restarts_of_the_broker() {
+    let begin = Instant::now();
+    let broker = Broker::start(BrokerCommand::rabbitmq()).unwrap();
+    // Everybody has a line of its own, the broker's port stays.
+    let relays: Vec<Relay> = (0..3).map(|_| Relay::start(broker.port())).collect();
+    let queue = unique("storm");
+    let storm = Storm::new(CALLS);
+    let server = server_options(&broker, &queue).urls(url(&relays[0])).socket_options(quick());
+    let mut service = Microservice::new().arbiters(1).server(RmqServer::new(server));
+    for group in storm.handlers() {
+        service = service.handlers(group);
+    }
+    let service = service.start().await.unwrap();
+    let clients: Vec<_> = relays[1..]
+        .iter()
+        .map(|relay| {
+            let options = client_options(&broker, &queue).urls(url(relay)).socket_options(quick());
+            RmqClient::new(options.call_timeout(Duration::from_secs(5)))
+        })
+        .collect();
+    let chaos = {
+        let storm = storm.clone();
+        move || {
+            let (broker, cuts) = chaos(broker, &relays, CALLS, || storm.ended());
+            (broker, relays, cuts)
+        }
+    };
+    let (outcomes, chaos) =
+        futures::join!(storm.run(&clients, 150), async { tokio::task::spawn_blocking(chaos).await.unwrap() });
+    let (broker, relays, cuts) = chaos;
+    let server = service.servers()[0].clone();
+    until("the service is connected", || server.status() == Some(ConnectionStatus::Connected)).await;
+    for client in &clients {
+        every_route_answers(client).await;
+        assert_eq!((client.pending(), client.occupied()), (0, 0));
+        client.close().await;
+    }
+    let report = service.stop(GRACE).await;
+    assert!(report.clean, "{report:?}");
+    storm.check_runs();
+    eprintln!("{outcomes:?}; {RESTARTS} restarts, {cuts} cuts; {:.1?}", begin.elapsed());
+    assert!(outcomes["value"] > CALLS / 2, "{outcomes:?}");
+    assert!(outcomes.contains_key("lost"), "{outcomes:?}");
+    drop((relays, broker));
+}
+
+#[actix::test]
+async fn of_fifty_thousand_events_none_that_was_confirmed_is_lost() {
+    let begin = Instant::now();
+    let broker = Broker::start(BrokerCommand::rabbitmq()).unwrap();
+    let relays: Vec<Relay> = (0..2).map(|_| Relay::start(broker.port())).collect();
+    let queue = unique("events");
+    let runs: Arc<Mutex<HashMap<u64, u32>>> = Arc::default();
+    let note = Arc::clone(&runs);
+    let group = event("evt", move |Data(number): Data<u64>| {
+        let first = {
+            let mut runs = note.lock();
+            let count = runs.entry(number).or_insert(0);
+            *count += 1;
+            *count == 1
+        };
+        // Some fail at first, and are delivered again.
+        async move { if first && number % 500 == 0 { Err(RpcError::message("once more")) } else { Ok(()) } }
+    });
+    let server = server_options(&broker, &queue).urls(url(&relays[0])).socket_options(quick());
+    let server = server.no_ack(false).on_failure(FailurePolicy::Requeue);
+    let service =
+        Microservice::new().arbiters(1).handlers(group).server(RmqServer::new(server)).start().await.unwrap();
+    // Durable queue, persistent messages: what was confirmed is on disk.
+    let client = RmqClient::new(
+        client_options(&broker, &queue)
+            .urls(url(&relays[1]))
+            .socket_options(quick())
+            .persistent(true)
+            .call_timeout(Duration::from_secs(20)),
+    );
+    let ended = Arc::new(AtomicU64::new(0));
+    let chaos = {
+        let ended = Arc::clone(&ended);
+        move || {
+            let (broker, cuts) = chaos(broker, &relays, EVENTS, || ended.load(Ordering::Relaxed));
+            (broker, relays, cuts)
+        }
+    };
+    let emitting = futures::stream::iter(0..EVENTS)
+        .map(|number| {
+            let (client, ended) = (&client, &ended);
+            async move {
+                let result = client.emit("evt", number).await;
+                ended.fetch_add(1, Ordering::Relaxed);
+                if result.is_err() {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                (number, result)
+            }
+        })
+        .buffer_unordered(200)
+        .collect::<Vec<_>>();
+    let (results, chaos) =
+        futures::join!(emitting, async { tokio::task::spawn_blocking(chaos).await.unwrap() });
+    let (broker, relays, cuts) = chaos;
+    let confirmed: Vec<u64> =
+        results.iter().filter(|(_, result)| result.is_ok()).map(|(number, _)| *number).collect();
+    let refused =
+        results.iter().filter(|(_, result)| matches!(result, Err(error) if error.is_not_sent())).count();
+    let missing = || {
+        let runs = runs.lock();
+        confirmed.iter().filter(|number| !runs.contains_key(number)).count()
+    };
+    let limit = Instant::now() + Duration::from_secs(30);
+    while missing() > 0 && Instant::now() < limit {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(missing(), 0, "of {} confirmed events", confirmed.len());
+    until("no slot is left", || client.occupied() == 0).await;
+    client.close().await;
+    assert!(service.stop(GRACE).await.clean);
+    let raw = Raw::connect(&broker).await;
+    assert_eq!(raw.waiting(&queue).await, 0);
+    let runs = runs.lock();
+    // What was not sent never ran, what is unknown may have.
+    for (number, result) in &results {
+        assert!(
+            !matches!(result, Err(error) if error.is_not_sent()) || !runs.contains_key(number),
+            "{number}"
+        );
+    }
+    let twice = runs.values().filter(|count| **count > 1).count();
+    eprintln!(
+        "{} of {EVENTS} confirmed, {refused} not sent, {twice} handled more than once; {cuts} cuts; {:.1?}",
+        confirmed.len(),
+        begin.elapsed()
+    );
+    assert!(confirmed.len() as u64 > EVENTS / 2);
+    assert!(twice >= 90, "{twice} redelivered");
+    drop((relays, broker));
+}
+
+/// What the process has in memory, in bytes.
+fn resident() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
+}
+
+/// Publishes more than the service may hold, while its handlers are slow; says how much memory that took.
+async fn flood(no_ack: bool) {
+    const MESSAGES: u64 = 30_000;
+    const BYTES: usize = 4096;
+    let broker = shared_broker();
+    let queue = unique("flood");
+    let (handled, open) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+    let (count, gate) = (Arc::clone(&handled), Arc::clone(&open));
+    let group = event("evt", move || {
+        let (count, gate) = (Arc::clone(&count), Arc::clone(&gate));
+        async move {
+            while !gate.load(Ordering::Relaxed) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            count.fetch_add(1, Ordering::Relaxed);
+            Ok::<_, RpcError>(())
+        }
+    });
+    let mut server = server_options(&broker, &queue).max_in_flight(50).receive_buffer_bytes(256 * 1024);
+    if !no_ack {
+        server = server.no_ack(false).on_failure(FailurePolicy::DeadLetter);
+    }
+    let service =
+        Microservice::new().arbiters(1).handlers(group).server(RmqServer::new(server)).start().await.unwrap();
+    let client = RmqClient::new(client_options(&broker, &queue));
+    client.connect().await.unwrap();
+    let before = resident();
+    let payload = "x".repeat(BYTES);
+    futures::stream::iter(0..MESSAGES)
+        .map(|_| client.emit("evt", &payload))
+        .buffer_unordered(100)
+        .for_each(|result| async { result.unwrap() })
+        .await;
+    // For longer than heartbeats are waited for.
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    let grown = resident().saturating_sub(before);
+    assert_eq!(handled.load(Ordering::Relaxed), 0);
+    let raw = Raw::connect(&broker).await;
+    let waiting = raw.waiting(&queue).await;
+    eprintln!("no_ack {no_ack}: {waiting} wait at the broker, {} KiB more here", grown / 1024);
+    // Of 120 MiB, the broker has nearly all: what was read and what the sockets hold is all that is not there.
+    assert!(u64::from(waiting) > MESSAGES * 3 / 4, "{waiting}");
+    assert!(grown < 60 << 20, "{grown} bytes");
+    assert_eq!(service.servers()[0].status(), Some(ConnectionStatus::Connected));
+    open.store(true, Ordering::Relaxed);
+    let limit = Instant::now() + Duration::from_secs(60);
+    while handled.load(Ordering::Relaxed) < MESSAGES && Instant::now() < limit {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // Nothing was dropped, nothing came twice.
+    assert_eq!(handled.load(Ordering::Relaxed), MESSAGES);
+    client.close().await;
+    assert!(service.stop(GRACE).await.clean);
+    assert_eq!(handled.load(Ordering::Relaxed), MESSAGES);
+}
+
+#[actix::test]
+async fn without_acknowledgement_a_slow_handler_holds_the_broker_back() {
+    flood(true).await;
+}
+
+#[actix::test]
+async fn with_acknowledgement_the_brokers_window_holds_it_back() {
+    flood(false).await;
+}
