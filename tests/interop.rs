@@ -318,6 +318,9 @@ impl Run {
         let result = guarded(body).await;
         let shown = if result.is_ok() { "ok" } else { "FAILED" };
         println!("test {name} ... {shown} ({} ms)", started.elapsed().as_millis());
+        if let Err(reason) = &result {
+            println!("{reason}");
+        }
         match result {
             Ok(()) => self.passed.push(name),
             Err(reason) => self.failed.push((name, reason)),

@@ -373,6 +373,16 @@ async fn exchanges_by_broker(brokers: Rc<Brokers>, transport: Transport, vectors
             // Others have the same reply address.
             received.retain(|reply| !id.is_empty() && reply.contains(&id));
         }
+        if transport == Transport::Rmq && expected.iter().any(|reply| reply.contains(r#""status":"error"}"#))
+        {
+            // There alone NestJS writes `err` before `status`.
+            let values = |texts: Vec<&str>| -> Vec<Value> {
+                texts.into_iter().map(|text| serde_json::from_str(text).unwrap()).collect()
+            };
+            let expected = expected.iter().map(String::as_str).collect();
+            assert_eq!(values(received), values(expected), "{name}");
+            continue;
+        }
         assert_eq!(received, expected, "{name}");
         events += u64::from(expected.is_empty());
     }
