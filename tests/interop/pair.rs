@@ -140,7 +140,7 @@ impl Pair {
         direction: Direction,
     ) -> Self {
         let broker = match transport.wire().broker {
-            Some(kind) => Some(brokers.shared(kind).await),
+            Some(kind) => Some(brokers.elsewhere(kind).await),
             None => None,
         };
         let mut place = Place::new(transport, broker);
