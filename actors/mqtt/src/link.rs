@@ -466,6 +466,14 @@ impl Link {
             && !self.flow.is_waiting()
     }
 
+    /// Why the connection is over, whatever it has brought: for those who do not take arrivals.
+    pub(crate) fn check_alive(&self) -> Result<(), SessionError> {
+        match &self.ended {
+            Some(error) => Err(error.clone()),
+            None => Ok(()),
+        }
+    }
+
     /// Why the connection is over, once everything it brought has been taken.
     pub(crate) fn check_ended(&self) -> Result<(), SessionError> {
         match &self.ended {
