@@ -9,7 +9,8 @@ use clap::Args;
 use martlet::microservice::shutdown_signal;
 use martlet::reply::Reply;
 use martlet::{
-    MessageKind, Microservice, Payload, Request, RpcError, ServiceEvent, Transport, event, message,
+    MessageKind, Microservice, Payload, Request, RpcError, ServiceEvent, Transport, TransportKind, event,
+    message,
 };
 use serde_json::value::RawValue;
 use tokio::sync::Notify;
@@ -76,7 +77,11 @@ struct Listening {
 }
 
 pub(super) async fn listen(args: ListenArgs, out: Output) -> Result<(), Failure> {
-    let transport = Transport::from_url(&args.url)?.for_servers();
+    let mut transport = Transport::from_url(&args.url)?.for_servers();
+    // Whoever types a command wants to hear that the broker is not there; NestJS's services wait for it.
+    if transport.kind() == TransportKind::Mqtt && !transport.options().contains_key("maxConnectionAttempts") {
+        transport = transport.with("maxConnectionAttempts", 1);
+    }
     let answer = match (&args.reply, &args.fail) {
         (Some(reply), _) => Answer::Value(input::data(Some(reply), false)?),
         (_, Some(fail)) => {

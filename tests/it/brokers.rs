@@ -121,6 +121,7 @@ impl Wire {
         let begun = Instant::now();
         sum(&url).failed(5, &["not sent to"]);
         run(&["emit", &url, "noted"]).failed(5, &["not sent to"]);
+        run(&["listen", &url, "x"]).failed(5, &["could not start", "reached"]);
         assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     }
 }

@@ -449,8 +449,8 @@ type Cancelled = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 impl Extras {
     #[cold]
-    fn add_to(self: Box<Self>, message: &mut OutboundMessage, propagate: bool) -> Option<Cancelled> {
-        let Self { metadata, headers, cancellation, ambient } = *self;
+    fn add_to(self, message: &mut OutboundMessage, propagate: bool) -> Option<Cancelled> {
+        let Self { metadata, headers, cancellation, ambient } = self;
         message.metadata = metadata;
         for (name, value) in headers.iter() {
             message.headers.append(name, value);

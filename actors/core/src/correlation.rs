@@ -101,6 +101,8 @@ impl Reply {
 #[derive(Default)]
 struct Replies {
     first: Option<Reply>,
+    // Boxed once more, so that an entry without it is small.
+    #[allow(clippy::box_collection)]
     more: Option<Box<VecDeque<Reply>>>,
 }
 
@@ -443,10 +445,10 @@ impl ClientCore {
                 queued.live = false;
                 continue;
             };
+            entry.sent = true;
             if entry.kind == CallKind::Event {
                 continue;
             }
-            entry.sent = true;
             entry.attempts += 1;
             if entry.idempotent && entry.again.is_none() {
                 entry.again = Some(Box::new(queued.message.clone()));
@@ -477,10 +479,9 @@ impl ClientCore {
         for queued in calls.drain(..).rev() {
             if let Some(entry) = state.entry(queued.key)
                 && queued.live
-                && entry.kind != CallKind::Event
             {
                 entry.sent = false;
-                entry.attempts -= 1;
+                entry.attempts = entry.attempts.saturating_sub(1);
             }
             state.queue.push_front(queued);
         }
@@ -908,5 +909,122 @@ impl std::ops::Deref for Locked<'_> {
 impl std::ops::DerefMut for Locked<'_> {
     fn deref_mut(&mut self) -> &mut State {
         &mut self.state
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deadlines_come_in_the_order_they_pass() {
+        let start = Instant::now();
+        let mut deadlines = Deadlines::default();
+        let times = [5, 7, 7, 3, 9, 1, 8, 9, 2];
+        for (index, seconds) in times.into_iter().enumerate() {
+            deadlines.push((start + Duration::from_secs(seconds), index as u32, 0));
+        }
+        deadlines.retain(|(_, index, _)| *index != 6);
+        assert_eq!(deadlines.len(), times.len() - 1);
+        let mut passed = Vec::new();
+        while let Some((at, ..)) = deadlines.peek() {
+            passed.push((at - start).as_secs());
+            deadlines.pop();
+        }
+        assert_eq!(passed, [1, 2, 3, 5, 7, 7, 9, 9]);
+    }
+
+    #[test]
+    fn a_pattern_is_kept_once_and_only_as_long_as_a_call_needs_it() {
+        let mut patterns = Patterns::default();
+        let (a, b) = (Pattern::from("a"), Pattern::from("b"));
+        let (first, again) = (patterns.keep(&a), patterns.keep(&a));
+        assert_eq!(first, again);
+        let other = patterns.keep(&b);
+        assert_eq!(patterns.route(first).unwrap().as_str(), "a");
+        assert_eq!(patterns.route(other).unwrap().as_str(), "b");
+        patterns.release(first);
+        assert!(patterns.route(first).is_some());
+        patterns.release(again);
+        assert!(patterns.route(first).is_none());
+        patterns.release(other);
+        assert_eq!(patterns.keep(&b), other, "the last one stays for the next call");
+        patterns.release(other);
+        assert_ne!(patterns.keep(&a), other);
+        assert_eq!(patterns.kept.len(), 1);
+    }
+
+    fn core() -> ClientCore {
+        let limits = CorrelationLimits { max_pending: 8, max_buffered_replies: 8, resend_attempts: 1 };
+        ClientCore::new(limits)
+    }
+
+    fn call(kind: CallKind) -> NewCall {
+        let message = OutboundMessage {
+            id: None,
+            pattern: Pattern::from("p"),
+            data: Payload::null(Format::Json),
+            metadata: Default::default(),
+            timeout: None,
+            headers: Default::default(),
+        };
+        NewCall { message, kind, timeout: Some(Duration::from_secs(5)), idempotent: false, waker: None }
+    }
+
+    fn deadline(core: &ClientCore, key: SlotKey) -> Option<Instant> {
+        core.state.lock().entry(key).unwrap().deadline
+    }
+
+    #[test]
+    fn the_time_of_a_call_runs_when_it_is_taken_or_has_to_wait() {
+        let core = core();
+        let (unconnected, _) = core.insert(call(CallKind::Single)).unwrap();
+        assert!(deadline(&core, unconnected).is_some());
+        core.session_started(&Arc::default());
+        let (taken, _) = core.insert(call(CallKind::Single)).unwrap();
+        assert!(deadline(&core, taken).is_none());
+        let mut out = Outgoing::default();
+        assert!(core.take_outbound(&mut out));
+        assert!(deadline(&core, taken).is_some());
+        assert!(out.calls.iter().all(|queued| queued.live && queued.message.id.is_some()));
+        out.calls.clear();
+        assert!(!core.take_outbound(&mut out));
+
+        let (waits, _) = core.insert(call(CallKind::Event)).unwrap();
+        core.stall();
+        let (behind, _) = core.insert(call(CallKind::Single)).unwrap();
+        assert!(deadline(&core, waits).is_some() && deadline(&core, behind).is_some());
+        let lost = SessionError::lost("x");
+        core.session_started(&Arc::default());
+        let (queued, _) = core.insert(call(CallKind::Single)).unwrap();
+        core.session_ended(&lost);
+        assert!(deadline(&core, queued).is_some());
+        assert_eq!(core.pending(), 3, "those never taken are still queued");
+        core.fail_queued(&lost);
+        assert_eq!(core.pending(), 0);
+    }
+
+    #[test]
+    fn what_had_no_room_is_taken_again_in_order_and_what_was_taken_is_lost() {
+        let core = core();
+        core.session_started(&Arc::default());
+        let kinds = [CallKind::Single, CallKind::Event, CallKind::Single];
+        let keys = kinds.map(|kind| core.insert(call(kind)).unwrap().0);
+        let mut out = Outgoing::default();
+        core.take_outbound(&mut out);
+        out.calls.pop_front();
+        core.put_back(&mut out.calls);
+        let (last, _) = core.insert(call(CallKind::Event)).unwrap();
+        core.take_outbound(&mut out);
+        let order: Vec<_> = out.calls.iter().map(|queued| queued.key).collect();
+        assert_eq!(order, [keys[1], keys[2], last]);
+        // The session ends over the event that it had taken.
+        let taken = out.calls.pop_front().unwrap();
+        core.put_back(&mut out.calls);
+        core.session_ended(&SessionError::lost("x"));
+        let ended = |key: SlotKey| core.state.lock().entry(key).unwrap().ended.is_some();
+        assert!(ended(keys[0]) && ended(taken.key) && !ended(keys[2]) && !ended(last));
+        assert_eq!(core.pending(), 2);
     }
 }

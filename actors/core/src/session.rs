@@ -170,6 +170,8 @@ struct Loop<S: Session> {
     table: Arc<RouteTable>,
     subscribed: HashSet<Route>,
     table_changed: Option<TableChange>,
+    /// `subscribed` has been held against the whole table once.
+    reconciled: bool,
     reading: bool,
     draining: bool,
     /// Runs once the peer has closed its side.
@@ -281,6 +283,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         table,
         subscribed,
         table_changed,
+        reconciled: false,
         reading: true,
         draining: false,
         half_closed: None,
@@ -442,26 +445,33 @@ impl<S: Session> Loop<S> {
     fn take_route_changes(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
         while let Some(changed) = &mut self.table_changed {
             let Poll::Ready(mut tables) = changed.as_mut().poll(cx) else { return Ok(()) };
+            let before = Arc::clone(&self.table);
             self.replace_table(Arc::clone(&tables.borrow_and_update()));
             self.table_changed = Some(watch_tables(tables));
             if self.draining {
                 continue;
             }
-            let wanted: HashSet<Route> = self.table.iter().map(|entry| entry.route.clone()).collect();
-            let gone: Vec<_> = self.subscribed.difference(&wanted).cloned().collect();
-            for route in gone {
-                self.write(Outbound::Unsubscribe(route))?;
+            // The session may have been dialled with an older table than the one that it began with.
+            let changed = match std::mem::replace(&mut self.reconciled, true) {
+                true => self.table.changed_since(&before),
+                false => {
+                    let now = self.table.iter().map(|entry| entry.route.clone());
+                    now.chain(self.subscribed.iter().cloned()).collect()
+                }
+            };
+            let mut fresh = Vec::new();
+            for route in changed {
+                match self.table.get(&route) {
+                    Some(entry) if self.subscribed.insert(route.clone()) => fresh.push(Arc::clone(entry)),
+                    Some(_) => {}
+                    None if self.subscribed.remove(&route) => self.write(Outbound::Unsubscribe(route))?,
+                    None => {}
+                }
             }
-            let fresh: Vec<_> = self
-                .table
-                .iter()
-                .filter(|entry| !self.subscribed.contains(&entry.route))
-                .map(|entry| entry.subscription())
-                .collect();
-            for subscription in fresh {
-                self.write(Outbound::Subscribe(subscription))?;
+            fresh.sort_unstable_by_key(|entry| entry.index);
+            for entry in fresh {
+                self.write(Outbound::Subscribe(entry.subscription()))?;
             }
-            self.subscribed = wanted;
         }
         Ok(())
     }

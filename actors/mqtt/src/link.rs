@@ -483,6 +483,7 @@ impl Link {
         tick.as_mut().reset(Instant::now() + keep.period);
         // Polled again, so that it is registered.
         cx.waker().wake_by_ref();
+        // MQTT-20.
         let received = std::mem::take(&mut keep.received);
         let sent = std::mem::take(&mut keep.sent);
         keep.silent = if received { 0 } else { keep.silent + 1 };

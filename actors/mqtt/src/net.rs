@@ -6,12 +6,13 @@ use std::sync::Arc;
 use async_tungstenite::tungstenite::client::IntoClientRequest;
 use async_tungstenite::tungstenite::http::HeaderValue;
 use martlet_core::error::SessionError;
-use rumqttc_core::{AsyncReadWrite, WsAdapter, validate_response_headers};
+use rumqttc_core::{
+    AsyncReadWrite, TlsConfiguration, TlsError, WsAdapter, tls_connect, validate_response_headers,
+};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
 
 use crate::options::{MqttTlsOptions, without_secrets};
 
@@ -119,11 +120,9 @@ pub(crate) async fn connect(
     let stream: Stream = match config {
         None => Box::new(tcp),
         Some(config) => {
-            let name = ServerName::try_from(target.host.clone()).map_err(|error| {
-                SessionError::fatal(format!("option url: TLS cannot check the host of {shown}: {error}"))
-            })?;
-            let connected = TlsConnector::from(config).connect(name, tcp).await;
-            Box::new(connected.map_err(|error| handshake_error(&shown, &error))?)
+            let config = TlsConfiguration::Rustls(config);
+            let connected = tls_connect(&target.host, target.port, &config, Box::new(tcp)).await;
+            connected.map_err(|error| handshake_error(&shown, &error))?
         }
     };
     match &target.websocket {
@@ -206,11 +205,14 @@ fn certificates(option: &str, path: &std::path::Path) -> Result<Vec<CertificateD
 }
 
 /// A handshake that failed: a wrong certificate is not retried, a broken line is.
-fn handshake_error(shown: &str, error: &std::io::Error) -> SessionError {
-    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-        Some(tls) => SessionError::fatal(format!("option tls: TLS with the broker at {shown} failed: {tls}")),
-        None => SessionError::refused(format!("option tls: TLS with the broker at {shown} failed: {error}")),
-    }
+fn handshake_error(shown: &str, error: &TlsError) -> SessionError {
+    let io = match error {
+        TlsError::Io(io) => Some(io),
+        _ => None,
+    };
+    let is_tls = io.is_none_or(|io| io.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()));
+    let text = format!("option tls: TLS with the broker at {shown} failed: {error}");
+    if is_tls { SessionError::fatal(text) } else { SessionError::refused(text) }
 }
 
 #[cfg(test)]

@@ -43,7 +43,7 @@ struct Shared {
     link: Link,
     settings: Arc<Settings>,
     /// Where messages are consumed and settled; a client publishes here, too.
-    channel: Channel,
+    channel: Rc<Channel>,
     /// `None` where nothing is acknowledged.
     settler: Option<Arc<Settler>>,
     /// With wildcards.
@@ -138,7 +138,7 @@ impl RmqSession {
         let shared = Shared {
             link,
             settings,
-            channel,
+            channel: Rc::new(channel),
             settler,
             routes: RefCell::new(routes),
             outcomes,
@@ -371,7 +371,7 @@ impl SessionReader<RmqReplyTo> for RmqReader {
         if !matches!(self.phase, Phase::Open) || matches!(self.shared.settings.side, Side::Client { .. }) {
             return;
         }
-        let (channel, tag) = (self.shared.channel.clone(), self.consumer.tag());
+        let (channel, tag) = (Rc::clone(&self.shared.channel), self.consumer.tag());
         let cancelled = async move {
             // An error means that the consumer has ended already.
             let _ = channel.basic_cancel(tag, BasicCancelOptions::default()).await;
@@ -558,7 +558,7 @@ impl RmqWriter {
         self.window.frames(&mut self.verdicts, &mut self.frames);
         let last = self.frames.len();
         for (number, frame) in self.frames.drain(..).enumerate() {
-            let channel = self.shared.channel.clone();
+            let channel = Rc::clone(&self.shared.channel);
             let told = async move {
                 // An error means that the channel is gone, which the reader sees.
                 let _ = match frame {
@@ -656,7 +656,7 @@ impl SessionWriter<RmqReplyTo> for RmqWriter {
                 let Some(routes) = routes.as_mut() else { return Ok(()) };
                 let short = wire::short("the routing key", &subscription.route).map_err(refused)?;
                 routes.add(subscription.route);
-                let (settings, channel) = (Arc::clone(&shared.settings), shared.channel.clone());
+                let (settings, channel) = (Arc::clone(&shared.settings), Rc::clone(&shared.channel));
                 let queue = self.queue.clone();
                 let exchange = match self.exchange.as_str() {
                     "" => queue.clone(),

@@ -3,6 +3,7 @@
 //! Integration tests of `martlet-core`.
 #![allow(clippy::unwrap_used)]
 
+mod confirmation;
 mod conformance;
 mod edges;
 mod faults;
@@ -12,6 +13,7 @@ mod packets;
 mod patterns;
 mod settlement;
 mod supervision;
+mod supervision_tree;
 mod support;
 #[cfg(feature = "tower")]
 mod tower;

@@ -2,7 +2,7 @@
 //! The seam to the driver: packets of both protocol versions as one set of types.
 //!
 //! What is read and written is the driver's (`rumqttc`, one crate for each version): its codec, its TLS and its
-//! WebSocket streams. Its event loop is not used, see `docs/decisions/0012-mqtt-event-loop.md`.
+//! WebSocket streams. Its event loop is not used, see `docs/decisions/0013-mqtt-event-loop.md`.
 
 mod v4;
 mod v5;

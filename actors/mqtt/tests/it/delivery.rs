@@ -60,7 +60,7 @@ async fn a_kept_session_brings_what_came_while_the_line_was_broken() {
         until("everything has come", || seen.lock().len() == 200).await;
         assert!(seen.lock().values().all(|times| *times == 1));
         assert!(service.stop(GRACE).await.clean);
-        // MQTT-17: what comes while no process is there, too.
+        // MQTT-18: what comes while no process is there, too.
         for number in 200..300u64 {
             raw.put(Publish::new("evt", QoS::AtLeastOnce, number.to_string(), None)).await;
         }
@@ -308,7 +308,7 @@ async fn failure_policies_are_honoured_or_refused_at_start() {
     }
 }
 
-/// MQTT-10: what the broker has not acknowledged goes out again, also where it keeps no session.
+/// MQTT-17: what the broker has not acknowledged goes out again, also where it keeps no session.
 #[actix::test]
 async fn events_that_were_not_acknowledged_are_published_again_after_a_cut() {
     const EVENTS: u64 = 2000;

@@ -27,6 +27,7 @@ struct Rmq {
     relay: Relay,
     /// When the lines were cut last.
     cut: Option<Instant>,
+    cuts: u32,
     _broker: Arc<Broker>,
 }
 
@@ -34,7 +35,7 @@ impl Rmq {
     fn new(codec: impl Codec, mode: Mode) -> Self {
         let broker = shared_broker();
         let relay = Relay::start(broker.port());
-        Self { codec: Arc::new(codec), mode, relay, cut: None, _broker: broker }
+        Self { codec: Arc::new(codec), mode, relay, cut: None, cuts: 0, _broker: broker }
     }
 
     fn address(&self) -> [String; 1] {
@@ -83,8 +84,10 @@ impl Harness for Rmq {
     }
 
     fn cut(&mut self) {
-        // A session takes four round trips and the declaring: cut more often, there would never be one.
-        if self.cut.is_none_or(|last| last.elapsed() > Duration::from_millis(150)) {
+        self.cuts += 1;
+        // A session takes four round trips and the declaring: in a storm of cuts faster than that, there would never
+        // be one.
+        if self.cuts < 10 || self.cut.is_none_or(|last| last.elapsed() > Duration::from_millis(200)) {
             self.relay.cut();
             self.cut = Some(Instant::now());
         }
