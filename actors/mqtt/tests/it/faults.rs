@@ -191,26 +191,46 @@ async fn a_peer_that_is_no_broker_is_said() {
     }
 }
 
+/// A line that breaks while the routes are being subscribed, with a message that nobody takes yet.
+#[actix::test]
+async fn a_line_that_breaks_while_subscribing_is_noticed_at_once() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("mqtt://127.0.0.1:{}", listener.local_addr().unwrap().port());
+    let play = async {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut bytes = [0; 1024];
+        assert!(stream.read(&mut bytes).await.unwrap() > 0);
+        stream.write_all(&[0x20, 2, 0, 0]).await.unwrap();
+        assert!(stream.read(&mut bytes).await.unwrap() > 0);
+        stream.write_all(b"\x30\x06\x00\x03sum1").await.unwrap();
+    };
+    let begin = Instant::now();
+    let options = MqttServerOptions::new().url(&url).reconnect_period(Duration::ZERO);
+    let ((kind, text), ()) = futures::join!(start_error(options), play);
+    assert_eq!(kind, SessionErrorKind::Lost, "{text}");
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+}
+
 /// MQTT-4: a subscription that the broker does not grant.
 #[actix::test]
 async fn a_pattern_that_the_broker_does_not_permit_is_said_at_start() {
-    let folder = folder("acl");
-    let acl = folder.join("acl");
-    std::fs::write(&acl, "topic readwrite other/#\ntopic write sum\n").unwrap();
-    let broker = broker_with(&format!("acl_file {}", acl.display()));
-    for version in [4, 5] {
-        let options = server_options(&broker).protocol_version(version);
-        let started = Microservice::new()
-            .on_current_arbiter()
-            .handlers(sum())
-            .server(MqttServer::new(options.clone()))
-            .start()
-            .await;
-        // mosquitto grants subscriptions whose topics it will not deliver, unless told otherwise.
-        if let Ok(service) = started {
-            service.stop(GRACE).await;
-        }
-    }
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("mqtt://127.0.0.1:{}", listener.local_addr().unwrap().port());
+    // mosquitto grants subscriptions whose topics it will not deliver: played by hand.
+    let play = async {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut bytes = [0; 1024];
+        assert!(stream.read(&mut bytes).await.unwrap() > 0);
+        stream.write_all(&[0x20, 2, 0, 0]).await.unwrap();
+        assert!(stream.read(&mut bytes).await.unwrap() > 0);
+        stream.write_all(&[0x90, 3, bytes[2], bytes[3], 0x80]).await.unwrap();
+        stream
+    };
+    let ((kind, text), _stream) = futures::join!(start_error(MqttServerOptions::new().url(&url)), play);
+    assert_eq!(kind, SessionErrorKind::Fatal, "{text}");
+    assert!(text.contains("pattern sum") && text.contains("refused the subscription"), "{text}");
     // MQTT-9: a reply topic that is refused ends its calls at once; played by hand.
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("mqtt://127.0.0.1:{}", listener.local_addr().unwrap().port());
@@ -237,7 +257,6 @@ async fn a_pattern_that_the_broker_does_not_permit_is_said_at_start() {
         client.close().await;
     };
     futures::join!(asking, play);
-    std::fs::remove_dir_all(&folder).unwrap();
 }
 
 /// An authority, and a certificate it has signed for this machine.
