@@ -416,7 +416,7 @@ impl ClientCore {
         self.pending() == 0
     }
 
-    fn id(&self, key: SlotKey) -> PacketId {
+    pub(crate) fn id(&self, key: SlotKey) -> PacketId {
         PacketId::from_parts(self.prefix, key.generation, key.index)
     }
 
@@ -498,26 +498,23 @@ impl ClientCore {
         }
     }
 
-    /// What names an event to the transporter, until it has been confirmed.
-    pub(crate) fn receipt(&self, key: SlotKey) -> PacketId {
-        self.id(key)
-    }
-
-    /// The transporter took an event and will say what the broker made of it.
+    /// The transporter took an event and will say what the broker made of it, by its id.
     pub(crate) fn confirming(&self, key: SlotKey) {
-        if let Some(entry) = self.state.lock().entry(key) {
-            entry.sent = true;
+        let mut state = self.state.lock();
+        let Some(entry) = state.entry(key) else { return };
+        entry.sent = true;
+        let is_timed = entry.deadline.is_none() && entry.timeout.is_some();
+        if is_timed && state.set_deadline(key, Instant::now()) {
+            drop(state);
+            self.timer.notify_one();
         }
     }
 
     /// What the broker made of an event.
     pub(crate) fn confirmed(&self, receipt: PacketId, refused: Option<String>) {
         let Some(key) = self.key_of(receipt) else { return };
-        let outcome = match refused {
-            None => Ok(()),
-            Some(reason) => Err(CallError::NotSent { cause: SessionError::refused(reason) }),
-        };
-        self.lock().end(key, outcome);
+        let refused = refused.map(|reason| CallError::NotSent { cause: SessionError::refused(reason) });
+        self.lock().end(key, refused.map_or(Ok(()), Err));
     }
 
     /// The transporter cannot put it in wire form.

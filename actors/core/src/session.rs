@@ -512,7 +512,7 @@ impl<S: Session> Loop<S> {
                 }
                 let taken = match queued.kind {
                     CallKind::Event => {
-                        self.writer.write_event(queued.message, client.receipt(queued.key)).map(Some)
+                        self.writer.write_event(queued.message, client.id(queued.key)).map(Some)
                     }
                     _ => self.writer.write(Outbound::Request(queued.message)).map(|()| None),
                 };
