@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The brokers of the lab: one of each kind for all tests, and further ones for tests that stop or overload theirs.
+//! The brokers of the lab: a new one for each pair of ends, unless that takes seconds; then one for all, with queues of
+//! their own, and a second one for the tests that restart theirs.
 
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex};
@@ -80,7 +81,7 @@ pub(crate) struct Brokers {
 
 impl Brokers {
     /// The one for everybody, which is never stopped.
-    pub(crate) async fn shared(&self, kind: Kind) -> Broker {
+    async fn shared(&self, kind: Kind) -> Broker {
         Self::find_or_start(&self.shared, kind).await
     }
 

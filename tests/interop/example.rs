@@ -14,7 +14,7 @@ use crate::wire::{self, End};
 
 /// The process, which is killed when dropped.
 pub(crate) struct Example {
-    url: String,
+    pub(crate) url: String,
     child: RefCell<Child>,
 }
 
@@ -43,12 +43,6 @@ impl Example {
         };
         example.url = url.to_owned();
         example
-    }
-
-    /// The port in the URL that it printed.
-    pub(crate) fn port(&self) -> u16 {
-        let address = self.url.split(['?', '#']).next().unwrap_or_default();
-        wire::port(address.trim_end_matches('/'))
     }
 
     /// SIGTERM: it answers what is in flight and ends.

@@ -59,6 +59,11 @@ impl Place {
         }
     }
 
+    /// Where a service is that said this URL.
+    pub(crate) fn at_url(&self, url: &str) -> Self {
+        if self.broker.is_some() { self.clone() } else { self.at(wire::port(url)) }
+    }
+
     pub(crate) fn wire(&self) -> &'static Wire {
         self.transport.wire()
     }
@@ -135,7 +140,7 @@ impl Pair {
         direction: Direction,
     ) -> Self {
         let broker = match transport.wire().broker {
-            Some(kind) => Some(brokers.shared(kind).await),
+            Some(kind) => Some(brokers.elsewhere(kind).await),
             None => None,
         };
         let mut place = Place::new(transport, broker);
@@ -149,7 +154,7 @@ impl Pair {
             }
             Direction::ToExample => {
                 let running = Example::start(&place, "example").await;
-                place = place.at(running.port());
+                place = place.at_url(&running.url);
                 example = Some(running);
                 place.nest(version, "client", &[]).await
             }

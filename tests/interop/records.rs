@@ -183,7 +183,6 @@ async fn foreign_events(pair: &Pair) {
 // === our client calls a NestJS service ===
 
 async fn headers_to_nest(pair: &Pair) {
-    assert_eq!(pair.client().send::<Value>("headers", 1).await.unwrap(), Value::Null);
     let mut record = Record::new(json!({ "a": 1 })).header("x-Version", "1.0");
     let mut expected = json!({ "x-Version": ["1.0"] });
     // AMQP's headers are a table: one value for each name.
@@ -192,9 +191,8 @@ async fn headers_to_nest(pair: &Pair) {
         expected["many"] = json!(["1", "2"]);
     }
     let mut seen: Value = pair.client().send("headers", record.clone()).await.unwrap();
-    let members = seen.as_object_mut().unwrap();
-    // Deadline and trace may travel beside.
-    members.retain(|name, _| expected.get(name).is_some());
+    // The deadline travels beside, on NATS.
+    seen.as_object_mut().unwrap().retain(|name, _| !name.starts_with("martlet-"));
     assert_eq!(seen, expected);
     assert_eq!(pair.client().send::<Value>("echo", record).await.unwrap(), json!({ "a": 1 }));
     let seen: Value = match pair.transport {

@@ -127,7 +127,7 @@ async fn wildcards(pair: &Pair) {
 async fn terminated(pair: &Pair) {
     let place = pair.elsewhere().await;
     let example = Example::start(&place, "going").await;
-    let place = place.at(example.port());
+    let place = place.at_url(&example.url);
     let nest = place.nest(pair.version, "client", &[]).await;
     nest.send(json!("echo"), json!(1)).await.completes(json!([1]));
     nest.hold(json!("slow")).await;

@@ -368,6 +368,10 @@ async fn wildcard_sums(pair: &Pair) {
     let error = pair.client().send::<Value>("exception", 1).await.unwrap_err();
     let remote = error.remote().unwrap();
     assert_eq!(&remote.payload().bytes()[..], br#"{"status":"error","message":"test"}"#);
+    if pair.transport.is_redis() {
+        // Its globs take its own replies for events, and its handlers fail on them.
+        pair.nest.forgive().await;
+    }
 }
 
 async fn broadcast(pair: &Pair) {

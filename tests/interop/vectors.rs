@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What was captured from NestJS, replayed against our live server; and Martlet with Martlet.
+//! What was captured from NestJS, replayed against our live servers; and Martlet with Martlet.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -11,29 +12,34 @@ use futures::stream::{self, StreamExt};
 use martlet::tcp::{TcpServer, TcpServerOptions};
 use martlet::{
     Data, Format, HandlerGroup, Microservice, Pattern, Payload, Record, Request, RpcError, RunningService,
-    Streaming, TransportId, TryStreaming, event, message,
+    Server, Streaming, TransportId, TryStreaming, event, message,
 };
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::brokers::{Broker, Kind};
+use crate::brokers::{Broker, Brokers, Kind};
 use crate::pair::{Place, start_service};
 use crate::peer::eventually;
 use crate::wire::Transport;
 
-type Named = (&'static str, fn() -> LocalBoxFuture<'static, ()>);
+type Named = (&'static str, fn(Rc<Brokers>) -> LocalBoxFuture<'static, ()>);
 
-/// Tests that need no NestJS process.
+/// Tests that belong to no pair.
 pub(crate) fn all() -> Vec<Named> {
     vec![
-        ("golden::tcp_exchanges", || Box::pin(exchanges())),
-        ("golden::tcp_hand_made_input", || Box::pin(hand_made_input())),
-        ("martlet::tcp::dropped_call_cancels_the_handler", || Box::pin(dropped(Transport::Tcp, None))),
-        ("martlet::nats::dropped_call_cancels_the_handler", || {
+        ("golden::tcp_exchanges", |_| Box::pin(exchanges())),
+        ("golden::tcp_hand_made_input", |_| Box::pin(hand_made_input())),
+        ("golden::redis_exchanges", |brokers| {
+            Box::pin(exchanges_by_broker(brokers, Transport::Redis, REDIS))
+        }),
+        ("golden::rmq_exchanges", |brokers| Box::pin(exchanges_by_broker(brokers, Transport::Rmq, RABBITMQ))),
+        ("golden::mqtt_exchanges", |brokers| Box::pin(exchanges_by_broker(brokers, Transport::Mqtt, MQTT))),
+        ("martlet::tcp::dropped_call_cancels_the_handler", |_| Box::pin(dropped(Transport::Tcp, None))),
+        ("martlet::nats::dropped_call_cancels_the_handler", |_| {
             Box::pin(dropped(Transport::Nats, Some(Kind::Nats)))
         }),
-        ("martlet::redis::dropped_call_cancels_the_handler", || {
+        ("martlet::redis::dropped_call_cancels_the_handler", |_| {
             Box::pin(dropped(Transport::Redis, Some(Kind::Redis)))
         }),
     ]
@@ -65,16 +71,33 @@ async fn dropped(transport: Transport, kind: Option<Kind>) {
 
 // === golden data ===
 
-fn golden() -> Value {
-    let text = include_bytes!("../../actors/tcp/tests/vectors/tcp.json");
-    // The file holds lone surrogates, which only our own decoder takes.
-    Payload::new(Format::Json, text.as_slice().into()).to_value().unwrap()
+const TCP: &[u8] = include_bytes!("../../actors/tcp/tests/vectors/tcp.json");
+const REDIS: &[u8] = include_bytes!("../../actors/redis/tests/vectors/redis.json");
+const RABBITMQ: &[u8] = include_bytes!("../../actors/rabbitmq/tests/vectors/rabbitmq.json");
+const MQTT: &[u8] = include_bytes!("../../actors/mqtt/tests/vectors/mqtt.json");
+
+fn golden(text: &'static [u8]) -> Value {
+    // The files hold lone surrogates, which only our own decoder takes.
+    Payload::new(Format::Json, text.into()).to_value().unwrap()
+}
+
+/// The captured exchanges by name, each with its messages in order.
+fn by_exchange(golden: &Value) -> Vec<(&str, Vec<&Value>)> {
+    let mut all: Vec<(&str, Vec<&Value>)> = Vec::new();
+    for vector in golden["vectors"].as_array().unwrap() {
+        let name = vector.get("exchange_name").unwrap_or(&vector["exchange"]).as_str().unwrap();
+        match all.last_mut() {
+            Some((last, messages)) if *last == name => messages.push(vector),
+            _ => all.push((name, vec![vector])),
+        }
+    }
+    all
 }
 
 /// The handlers of the service that was captured.
-async fn captured_service(options: TcpServerOptions) -> (RunningService, Arc<AtomicU64>) {
+async fn captured_service(server: impl Into<Server>) -> (RunningService, Arc<AtomicU64>) {
     let counter = Arc::new(AtomicU64::new(0));
-    let mut service = Microservice::new().arbiters(1).server(TcpServer::new(options));
+    let mut service = Microservice::new().arbiters(1).server(server.into());
     for group in constants().into_iter().chain(streams()).chain(errors()).chain(rest(&counter)) {
         service = service.handlers(group);
     }
@@ -263,20 +286,21 @@ const NOT_OURS: &[(&str, &str)] = &[
 ];
 
 async fn exchanges() {
-    let (service, counter) = captured_service(TcpServerOptions::new().address("127.0.0.1", 0)).await;
+    let (service, counter) =
+        captured_service(TcpServer::new(TcpServerOptions::new().address("127.0.0.1", 0))).await;
     let port: u16 = service.url().rsplit(':').next().unwrap().parse().unwrap();
-    let golden = golden();
+    let golden = golden(TCP);
     let mut socket = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-    let mut all: Vec<(&str, Vec<u8>, Vec<u8>)> = Vec::new();
-    for vector in golden["vectors"].as_array().unwrap() {
-        let name = vector["exchange"].as_str().unwrap();
-        if all.last().is_none_or(|last| last.0 != name) {
-            all.push((name, Vec::new(), Vec::new()));
-        }
-        let (_, sent, expected) = all.last_mut().unwrap();
-        let raw = vector["raw"].as_str().unwrap().as_bytes();
-        if vector["direction"] == "client->server" { sent } else { expected }.extend_from_slice(raw);
-    }
+    let all: Vec<(&str, Vec<u8>, Vec<u8>)> = by_exchange(&golden)
+        .into_iter()
+        .map(|(name, messages)| {
+            let of = |sent: bool| {
+                let those = messages.iter().filter(|it| (it["direction"] == "client->server") == sent);
+                those.flat_map(|it| it["raw"].as_str().unwrap().bytes()).collect()
+            };
+            (name, of(true), of(false))
+        })
+        .collect();
     assert!(all.len() > 90, "{} exchanges", all.len());
     let mut events = 0;
     for (name, sent, expected) in &all {
@@ -296,6 +320,72 @@ async fn exchanges() {
     // Nothing more came than what NestJS sent.
     let mut more = [0; 64];
     assert!(tokio::time::timeout(Duration::from_millis(50), socket.read(&mut more)).await.is_err());
+    assert!(events > 0 && counter.load(Ordering::SeqCst) > 4, "{events} {counter:?}");
+    service.stop(Duration::from_millis(200)).await;
+}
+
+/// The same by a broker: a NestJS client publishes what was captured and collects what comes back.
+async fn exchanges_by_broker(brokers: Rc<Brokers>, transport: Transport, vectors: &'static [u8]) {
+    let broker = brokers.elsewhere(transport.wire().broker.unwrap()).await;
+    let place = Place::new(transport, Some(broker));
+    let (service, counter) = captured_service(place.server()).await;
+    let nest = place.nest(12, "client", &[]).await;
+    let (golden, known) = (golden(vectors), golden(TCP));
+    let known: Vec<&str> = by_exchange(&known).into_iter().map(|(name, _)| name).collect();
+    let mut published = Vec::new();
+    for (name, messages) in by_exchange(&golden) {
+        let ours = known.contains(&name) && NOT_OURS.iter().all(|(other, _)| *other != name);
+        // Its stream was left in the middle.
+        if !ours || name == "stream_cancelled_by_client" {
+            continue;
+        }
+        let [request, replies @ ..] = &messages[..] else { panic!("{name} is empty") };
+        let raw = |message: &Value| message["raw"].as_str().unwrap().to_owned();
+        let packet = Payload::new(Format::Json, raw(request).into()).to_value().unwrap();
+        let id = packet["id"].as_str().unwrap_or_default().to_owned();
+        let text = raw(request);
+        let command = match transport {
+            Transport::Redis => {
+                let channel = request["channel"].as_str().unwrap();
+                json!({ "address": channel, "listen": format!("{channel}.reply") })
+            }
+            Transport::Mqtt => {
+                let topic = request["topic"].as_str().unwrap();
+                json!({ "address": topic, "listen": format!("{topic}/reply") })
+            }
+            _ => json!({
+                "address": place.queue, "listen": id,
+                "properties": { "correlationId": id, "replyTo": request["properties"]["replyTo"] },
+            }),
+        };
+        let mut command = command;
+        crate::wire::lay_over(&mut command, json!({ "text": text, "wait": 2000 }));
+        let expected: Vec<String> = replies.iter().map(|reply| raw(reply)).collect();
+        published.push((name, id, expected, nest.begin("raw", command)));
+    }
+    assert!(published.len() > 80, "{} exchanges", published.len());
+    let mut events = 0;
+    for (name, id, expected, answer) in published {
+        let answer = answer.await;
+        let mut received: Vec<&str> =
+            answer["replies"].as_array().unwrap().iter().map(|it| it.as_str().unwrap()).collect();
+        if transport != Transport::Rmq {
+            // Others have the same reply address.
+            received.retain(|reply| !id.is_empty() && reply.contains(&id));
+        }
+        if transport == Transport::Rmq && expected.iter().any(|reply| reply.contains(r#""status":"error"}"#))
+        {
+            // There alone NestJS writes `err` before `status`.
+            let values = |texts: Vec<&str>| -> Vec<Value> {
+                texts.into_iter().map(|text| serde_json::from_str(text).unwrap()).collect()
+            };
+            let expected = expected.iter().map(String::as_str).collect();
+            assert_eq!(values(received), values(expected), "{name}");
+            continue;
+        }
+        assert_eq!(received, expected, "{name}");
+        events += u64::from(expected.is_empty());
+    }
     assert!(events > 0 && counter.load(Ordering::SeqCst) > 4, "{events} {counter:?}");
     service.stop(Duration::from_millis(200)).await;
 }
@@ -330,7 +420,7 @@ fn ours_instead() -> HashMap<&'static str, (&'static str, bool)> {
 }
 
 async fn hand_made_input() {
-    let golden = golden();
+    let golden = golden(TCP);
     let special = ours_instead();
     let mut checked = 0;
     for case in golden["raw_client_to_nest_server"].as_array().unwrap() {
@@ -347,7 +437,7 @@ async fn hand_made_input() {
                 options.incomplete_message_timeout = Duration::from_millis(150);
             }
         });
-        let (service, _) = captured_service(options).await;
+        let (service, _) = captured_service(TcpServer::new(options)).await;
         let port: u16 = service.url().rsplit(':').next().unwrap().parse().unwrap();
         let mut socket = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
         socket.set_nodelay(true).unwrap();

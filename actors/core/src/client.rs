@@ -28,13 +28,14 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::backoff::{Backoff, BackoffOptions};
-use crate::correlation::{CallKind, ClientCore, CorrelationLimits, NewCall, Reply};
+use crate::correlation::{CallKind, ClientCore, CorrelationLimits, NewCall};
 use crate::error::{CallError, RemoteError, SessionError, SessionErrorKind, StartError};
 use crate::events::{EventBus, ServiceEvent};
 use crate::headers::Headers;
 use crate::packet::Metadata;
 use crate::pattern::Pattern;
 use crate::payload::{EncodeError, Format, Payload};
+use crate::pending::Reply;
 use crate::reply::IntoRecord;
 use crate::request::{TRACEPARENT_KEY, TRACESTATE_KEY};
 use crate::responder::{Cancellation, SlotKey};
@@ -449,8 +450,8 @@ type Cancelled = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 impl Extras {
     #[cold]
-    fn add_to(self: Box<Self>, message: &mut OutboundMessage, propagate: bool) -> Option<Cancelled> {
-        let Self { metadata, headers, cancellation, ambient } = *self;
+    fn add_to(self, message: &mut OutboundMessage, propagate: bool) -> Option<Cancelled> {
+        let Self { metadata, headers, cancellation, ambient } = self;
         message.metadata = metadata;
         for (name, value) in headers.iter() {
             message.headers.append(name, value);

@@ -10,8 +10,7 @@
 //! A call's time runs from when the session takes it, in the turn after the call was made, because that is one look
 //! at the clock for many calls. Where no session is there to take it, or none that has room, it runs at once.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -24,8 +23,9 @@ use tokio::time::Instant;
 
 use crate::error::{CallError, RemoteError, SessionError, SharedError};
 use crate::packet::{Raw, ResponseBody, ResponsePacket, ShortReply};
-use crate::pattern::{Pattern, Route};
-use crate::payload::{Format, Payload};
+use crate::pattern::Route;
+use crate::payload::Payload;
+use crate::pending::{Deadlines, Patterns, Replies, Reply};
 use crate::responder::SlotKey;
 use crate::session::SessionControl;
 use crate::transport::{OutboundMessage, PacketId};
@@ -82,50 +82,6 @@ struct Entry {
     waker: Option<Waker>,
 }
 
-/// A reply that waits to be read.
-pub(crate) enum Reply {
-    Short(Raw),
-    Long(Payload),
-}
-
-impl Reply {
-    pub(crate) fn into_payload(self, format: Format) -> Payload {
-        match self {
-            Self::Short(raw) => Payload::new(format, raw.into()),
-            Self::Long(payload) => payload,
-        }
-    }
-}
-
-/// Replies that wait to be read: nearly always one at the most, which costs no allocation.
-#[derive(Default)]
-struct Replies {
-    first: Option<Reply>,
-    more: Option<Box<VecDeque<Reply>>>,
-}
-
-impl Replies {
-    fn push_back(&mut self, reply: Reply) {
-        if self.first.is_none() {
-            self.first = Some(reply);
-        } else {
-            self.more.get_or_insert_default().push_back(reply);
-        }
-    }
-
-    fn pop_front(&mut self) -> Option<Reply> {
-        let first = self.first.take();
-        if let Some(more) = &mut self.more {
-            self.first = more.pop_front();
-        }
-        first
-    }
-
-    fn len(&self) -> usize {
-        usize::from(self.first.is_some()) + self.more.as_ref().map_or(0, |more| more.len())
-    }
-}
-
 /// A call that waits to be written.
 pub(crate) struct Queued {
     pub(crate) key: SlotKey,
@@ -142,93 +98,6 @@ pub(crate) struct Outgoing {
     pub(crate) calls: VecDeque<Queued>,
     /// Events that the transporter has taken.
     pub(crate) written: Vec<SlotKey>,
-}
-
-/// Deadlines, in the order they pass. Those of calls with one timeout come in that order; others are sorted in.
-#[derive(Default)]
-struct Deadlines {
-    queue: VecDeque<Mark>,
-    others: BinaryHeap<Reverse<Mark>>,
-}
-
-/// When, and the index and the generation of the call.
-type Mark = (Instant, u32, u32);
-
-impl Deadlines {
-    fn len(&self) -> usize {
-        self.queue.len() + self.others.len()
-    }
-
-    fn push(&mut self, mark: Mark) {
-        if self.queue.back().is_none_or(|last| last.0 <= mark.0) {
-            self.queue.push_back(mark);
-        } else {
-            self.others.push(Reverse(mark));
-        }
-    }
-
-    fn peek(&self) -> Option<Mark> {
-        match (self.queue.front(), self.others.peek()) {
-            (Some(queued), Some(Reverse(other))) => Some(*queued.min(other)),
-            (Some(mark), None) | (None, Some(Reverse(mark))) => Some(*mark),
-            (None, None) => None,
-        }
-    }
-
-    fn pop(&mut self) {
-        match (self.queue.front(), self.others.peek()) {
-            (Some(queued), Some(Reverse(other))) if other < queued => drop(self.others.pop()),
-            (Some(_), _) => drop(self.queue.pop_front()),
-            (None, _) => drop(self.others.pop()),
-        }
-    }
-
-    fn retain(&mut self, keep: impl Fn(&Mark) -> bool) {
-        self.queue.retain(&keep);
-        self.others.retain(|Reverse(mark)| keep(mark));
-    }
-}
-
-/// The patterns of the calls, each once for all calls in a row that share it.
-#[derive(Default)]
-struct Patterns {
-    kept: Slab<(Pattern, u32)>,
-    last: Option<u32>,
-}
-
-impl Patterns {
-    fn keep(&mut self, pattern: &Pattern) -> u32 {
-        if let Some(last) = self.last
-            && let Some((known, calls)) = self.kept.get_mut(last as usize)
-            && known.is_same(pattern)
-        {
-            *calls += 1;
-            return last;
-        }
-        let place = self.kept.insert((pattern.clone(), 1)) as u32;
-        if let Some(before) = self.last.replace(place) {
-            self.drop_unused(before);
-        }
-        place
-    }
-
-    fn release(&mut self, place: u32) {
-        if let Some((_, calls)) = self.kept.get_mut(place as usize) {
-            *calls -= 1;
-            self.drop_unused(place);
-        }
-    }
-
-    /// The last one may well be that of the next call.
-    fn drop_unused(&mut self, place: u32) {
-        if self.last != Some(place) && self.kept.get(place as usize).is_some_and(|(_, calls)| *calls == 0) {
-            self.kept.remove(place as usize);
-        }
-    }
-
-    fn route(&self, place: u32) -> Option<&Route> {
-        self.kept.get(place as usize).map(|(pattern, _)| pattern.route())
-    }
 }
 
 #[derive(Default)]
@@ -414,7 +283,7 @@ impl ClientCore {
         self.pending() == 0
     }
 
-    fn id(&self, key: SlotKey) -> PacketId {
+    pub(crate) fn id(&self, key: SlotKey) -> PacketId {
         PacketId::from_parts(self.prefix, key.generation, key.index)
     }
 
@@ -443,10 +312,10 @@ impl ClientCore {
                 queued.live = false;
                 continue;
             };
+            entry.sent = true;
             if entry.kind == CallKind::Event {
                 continue;
             }
-            entry.sent = true;
             entry.attempts += 1;
             if entry.idempotent && entry.again.is_none() {
                 entry.again = Some(Box::new(queued.message.clone()));
@@ -477,10 +346,9 @@ impl ClientCore {
         for queued in calls.drain(..).rev() {
             if let Some(entry) = state.entry(queued.key)
                 && queued.live
-                && entry.kind != CallKind::Event
             {
                 entry.sent = false;
-                entry.attempts -= 1;
+                entry.attempts = entry.attempts.saturating_sub(1);
             }
             state.queue.push_front(queued);
         }
@@ -497,26 +365,23 @@ impl ClientCore {
         }
     }
 
-    /// What names an event to the transporter, until it has been confirmed.
-    pub(crate) fn receipt(&self, key: SlotKey) -> PacketId {
-        self.id(key)
-    }
-
-    /// The transporter took an event and will say what the broker made of it.
+    /// The transporter took an event and will say what the broker made of it, by its id.
     pub(crate) fn confirming(&self, key: SlotKey) {
-        if let Some(entry) = self.state.lock().entry(key) {
-            entry.sent = true;
+        let mut state = self.state.lock();
+        let Some(entry) = state.entry(key) else { return };
+        entry.sent = true;
+        let is_timed = entry.deadline.is_none() && entry.timeout.is_some();
+        if is_timed && state.set_deadline(key, Instant::now()) {
+            drop(state);
+            self.timer.notify_one();
         }
     }
 
     /// What the broker made of an event.
     pub(crate) fn confirmed(&self, receipt: PacketId, refused: Option<String>) {
         let Some(key) = self.key_of(receipt) else { return };
-        let outcome = match refused {
-            None => Ok(()),
-            Some(reason) => Err(CallError::NotSent { cause: SessionError::refused(reason) }),
-        };
-        self.lock().end(key, outcome);
+        let refused = refused.map(|reason| CallError::NotSent { cause: SessionError::refused(reason) });
+        self.lock().end(key, refused.map_or(Ok(()), Err));
     }
 
     /// The transporter cannot put it in wire form.
@@ -908,5 +773,86 @@ impl std::ops::Deref for Locked<'_> {
 impl std::ops::DerefMut for Locked<'_> {
     fn deref_mut(&mut self) -> &mut State {
         &mut self.state
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::pattern::Pattern;
+    use crate::payload::Format;
+
+    fn core() -> ClientCore {
+        let limits = CorrelationLimits { max_pending: 8, max_buffered_replies: 8, resend_attempts: 1 };
+        ClientCore::new(limits)
+    }
+
+    fn call(kind: CallKind) -> NewCall {
+        let message = OutboundMessage {
+            id: None,
+            pattern: Pattern::from("p"),
+            data: Payload::null(Format::Json),
+            metadata: Default::default(),
+            timeout: None,
+            headers: Default::default(),
+        };
+        NewCall { message, kind, timeout: Some(Duration::from_secs(5)), idempotent: false, waker: None }
+    }
+
+    fn deadline(core: &ClientCore, key: SlotKey) -> Option<Instant> {
+        core.state.lock().entry(key).unwrap().deadline
+    }
+
+    #[test]
+    fn the_time_of_a_call_runs_when_it_is_taken_or_has_to_wait() {
+        let core = core();
+        let (unconnected, _) = core.insert(call(CallKind::Single)).unwrap();
+        assert!(deadline(&core, unconnected).is_some());
+        core.session_started(&Arc::default());
+        let (taken, _) = core.insert(call(CallKind::Single)).unwrap();
+        assert!(deadline(&core, taken).is_none());
+        let mut out = Outgoing::default();
+        assert!(core.take_outbound(&mut out));
+        assert!(deadline(&core, taken).is_some());
+        assert!(out.calls.iter().all(|queued| queued.live && queued.message.id.is_some()));
+        out.calls.clear();
+        assert!(!core.take_outbound(&mut out));
+
+        let (waits, _) = core.insert(call(CallKind::Event)).unwrap();
+        core.stall();
+        let (behind, _) = core.insert(call(CallKind::Single)).unwrap();
+        assert!(deadline(&core, waits).is_some() && deadline(&core, behind).is_some());
+        let lost = SessionError::lost("x");
+        core.session_started(&Arc::default());
+        let (queued, _) = core.insert(call(CallKind::Single)).unwrap();
+        core.session_ended(&lost);
+        assert!(deadline(&core, queued).is_some());
+        assert_eq!(core.pending(), 3, "those never taken are still queued");
+        core.fail_queued(&lost);
+        assert_eq!(core.pending(), 0);
+    }
+
+    #[test]
+    fn what_had_no_room_is_taken_again_in_order_and_what_was_taken_is_lost() {
+        let core = core();
+        core.session_started(&Arc::default());
+        let kinds = [CallKind::Single, CallKind::Event, CallKind::Single];
+        let keys = kinds.map(|kind| core.insert(call(kind)).unwrap().0);
+        let mut out = Outgoing::default();
+        core.take_outbound(&mut out);
+        out.calls.pop_front();
+        core.put_back(&mut out.calls);
+        let (last, _) = core.insert(call(CallKind::Event)).unwrap();
+        core.take_outbound(&mut out);
+        let order: Vec<_> = out.calls.iter().map(|queued| queued.key).collect();
+        assert_eq!(order, [keys[1], keys[2], last]);
+        // The session ends over the event that it had taken.
+        let taken = out.calls.pop_front().unwrap();
+        core.put_back(&mut out.calls);
+        core.session_ended(&SessionError::lost("x"));
+        let ended = |key: SlotKey| core.state.lock().entry(key).unwrap().ended.is_some();
+        assert!(ended(keys[0]) && ended(taken.key) && !ended(keys[2]) && !ended(last));
+        assert_eq!(core.pending(), 2);
     }
 }

@@ -358,10 +358,12 @@ impl<C> fmt::Debug for HandlerDef<C> {
 /// let group = ActorGroup::new(|| Total(0)).message::<Add>("add").build().singleton();
 /// ```
 pub struct ActorGroup<A: Actor> {
-    spec: ChildSpec<A>,
+    spec: SpecFn<A>,
     handlers: Vec<HandlerInfo>,
     forwards: Vec<Forward<A>>,
 }
+
+type SpecFn<A> = Arc<dyn Fn(&ReplicaContext) -> ChildSpec<A> + Send + Sync>;
 
 type Forward<A> = Arc<dyn Fn(Addr<A>) -> Box<dyn Endpoint> + Send + Sync>;
 
@@ -382,7 +384,72 @@ where
 
     /// An actor with a child specification of one's own.
     pub fn from_spec(spec: ChildSpec<A>) -> Self {
-        Self { spec, handlers: Vec::new(), forwards: Vec::new() }
+        Self::supervising(move |_| spec.clone())
+    }
+
+    /// An actor that knows its own place, so that it can supervise others: in `started` it starts them as children of
+    /// that place, with [`ChildSpec::start`], and in their `on_give_up` it decides. A parent that panics when a child
+    /// gave up begins anew with fresh children, counts that against its own intensity, and escalates in its turn;
+    /// levels of it make a tree. Children end with the parent's state that holds their addresses.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use actix::prelude::*;
+    /// use martlet_core::handler::ReplicaContext;
+    /// use martlet_core::supervise::ChildSpec;
+    /// use martlet_core::{ActorGroup, RpcError};
+    /// # #[derive(Default)]
+    /// # struct Worker;
+    /// # impl Actor for Worker { type Context = Context<Self>; }
+    /// # impl Supervised for Worker {}
+    /// # #[derive(serde::Deserialize, Message)]
+    /// # #[rtype(result = "Result<u64, RpcError>")]
+    /// # struct Work(u64);
+    ///
+    /// #[derive(Message)]
+    /// #[rtype(result = "()")]
+    /// struct GaveUp(String);
+    ///
+    /// struct Parent { place: ReplicaContext, worker: Option<Addr<Worker>> }
+    ///
+    /// impl Actor for Parent {
+    ///     type Context = Context<Self>;
+    ///     fn started(&mut self, ctx: &mut Context<Self>) {
+    ///         let parent = ctx.address().downgrade();
+    ///         let place = self.place.child.child("worker", "actor");
+    ///         self.worker = Some(ChildSpec::new(Worker::default).start(place, self.place.events.clone(), move |cause| {
+    ///             if let Some(parent) = parent.upgrade() {
+    ///                 let _ = parent.try_send(GaveUp(cause));
+    ///             }
+    ///         }));
+    ///     }
+    /// }
+    ///
+    /// impl Handler<GaveUp> for Parent {
+    ///     type Result = ();
+    ///     fn handle(&mut self, GaveUp(cause): GaveUp, _: &mut Context<Self>) {
+    ///         panic!("the worker gave up: {cause}");
+    ///     }
+    /// }
+    /// # impl Supervised for Parent {
+    /// #     fn restarting(&mut self, _: &mut Context<Self>) {
+    /// #         if let Some(fresh) = martlet_core::supervise::rebuilt() { *self = fresh; }
+    /// #     }
+    /// # }
+    /// # impl Handler<Work> for Parent {
+    /// #     type Result = Result<u64, RpcError>;
+    /// #     fn handle(&mut self, work: Work, _: &mut Context<Self>) -> Self::Result { Ok(work.0) }
+    /// # }
+    ///
+    /// let group = ActorGroup::supervising(|place| {
+    ///     let place = place.clone();
+    ///     ChildSpec::new(move || Parent { place: place.clone(), worker: None })
+    /// });
+    /// let group = group.message::<Work>("work").build();
+    /// ```
+    pub fn supervising(spec: impl Fn(&ReplicaContext) -> ChildSpec<A> + Send + Sync + 'static) -> Self {
+        Self { spec: Arc::new(spec), handlers: Vec::new(), forwards: Vec::new() }
     }
 
     /// Routes a pattern to the actor's handler for `M`; the payload is read as `M`, the result is the
@@ -457,7 +524,8 @@ where
             let child = context.child.child(short_name::<A>(), "actor");
             let escalate = context.escalate.clone();
             let place = child.clone();
-            let address = spec.clone().start(child, context.events.clone(), move |cause| (escalate.0)(cause));
+            let spec = spec(&ReplicaContext { child: child.clone(), ..context.clone() });
+            let address = spec.start(child, context.events.clone(), move |cause| (escalate.0)(cause));
             forwards
                 .iter()
                 .map(|forward| {

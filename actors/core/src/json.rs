@@ -75,6 +75,7 @@ pub fn to_bytes<T: Serialize + ?Sized>(value: &T) -> Result<Bytes, serde_json::E
     let (mut out, mut pool) = SCRATCH.take();
     let written = value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, JsFormatter));
     let bytes = match out.len() {
+        len if len > SCRATCH_BYTES => Bytes::from(std::mem::take(&mut out)),
         len if len > SCRATCH_BYTES / 16 => Bytes::copy_from_slice(&out),
         len => {
             let room = pool.take().filter(|pool| pool.capacity() >= len);
@@ -232,6 +233,9 @@ pub fn members<const N: usize>(text: &[u8], names: &[&str; N]) -> Result<Members
 #[inline]
 pub fn is_ascii(text: &[u8]) -> bool {
     const HIGH: u64 = u64::MAX / 0xff * 0x80;
+    if text.len() > 512 {
+        return text.is_ascii();
+    }
     let Some(last) = text.last_chunk::<8>() else { return text.iter().all(u8::is_ascii) };
     let (words, _) = text.as_chunks::<8>();
     let seen = words.iter().fold(u64::from_ne_bytes(*last), |seen, word| seen | u64::from_ne_bytes(*word));

@@ -5,6 +5,7 @@
 
 pub mod arbiters;
 pub mod backoff;
+mod batch;
 pub mod client;
 pub mod codec;
 mod correlation;
@@ -22,6 +23,7 @@ pub mod options;
 pub mod packet;
 pub mod pattern;
 pub mod payload;
+mod pending;
 mod recycled;
 pub mod registry;
 mod replica;

@@ -209,3 +209,37 @@ pub fn header_lines<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Header
     }
     Ok(headers)
 }
+
+/// Undoes the percent-encoding of a part of a URL (a user, a password). What is no encoding stays as it is.
+pub fn percent_decoded(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, more)) = rest.split_first() {
+        let hex = |at: usize| char::from(*more.get(at)?).to_digit(16);
+        match (first, hex(0), hex(1)) {
+            (b'%', Some(high), Some(low)) => {
+                bytes.push((high * 16 + low) as u8);
+                rest = &more[2..];
+            }
+            _ => {
+                bytes.push(first);
+                rest = more;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::percent_decoded;
+
+    #[test]
+    fn percent_encoding_is_undone_and_anything_else_left_alone() {
+        for (text, decoded) in
+            [("us%40er", "us@er"), ("p%3Aw%25", "p:w%"), ("100%", "100%"), ("%zz", "%zz"), ("%c3%bc", "ü")]
+        {
+            assert_eq!(percent_decoded(text), decoded);
+        }
+    }
+}

@@ -14,11 +14,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use actix::prelude::SendError;
 use futures::task::AtomicWaker;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::batch::Batch;
 use crate::correlation::{CallKind, ClientCore, Outgoing};
 use crate::error::SessionError;
 use crate::events::{EventBus, ServiceEvent};
@@ -26,7 +26,6 @@ use crate::in_flight::{Admission, Shared, SlotRoute};
 use crate::packet::{Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::Route;
 use crate::payload::Format;
-use crate::replica::{Duty, Invoke, InvokeBatch, overloaded};
 use crate::request::{MessageKind, Parts, Scope, ServerScope, TIMEOUT_KEY};
 use crate::responder::{ChainSink, ReplySink, Responder, SlotKey};
 use crate::retry::{Retrial, RetryQueue};
@@ -170,6 +169,8 @@ struct Loop<S: Session> {
     table: Arc<RouteTable>,
     subscribed: HashSet<Route>,
     table_changed: Option<TableChange>,
+    /// `subscribed` has been held against the whole table once.
+    reconciled: bool,
     reading: bool,
     draining: bool,
     /// Runs once the peer has closed its side.
@@ -177,7 +178,7 @@ struct Loop<S: Session> {
     reported_full: bool,
     handed_back: u64,
     /// What this turn has read for one replica, not yet sent there.
-    batch_of: Batch<S::ReplyTo>,
+    turn: Batch<S::ReplyTo>,
     retries: RetryQueue,
     batch: Vec<Outbound<S::ReplyTo>>,
     /// A client's calls on their way out, and the replies that this turn has read.
@@ -186,65 +187,6 @@ struct Loop<S: Session> {
     short_replies: Vec<ShortReply>,
     /// Abandoned: until when closing may take.
     close_by: Option<Pin<Box<tokio::time::Sleep>>>,
-}
-
-/// What one turn has read for one replica, not yet sent there: requests, and their slots-to-be.
-struct Batch<R> {
-    handler: Option<Arc<HandlerRef>>,
-    invokes: Vec<Invoke>,
-    /// For those whose duty is a slot, in order.
-    admissions: Vec<Admission<R>>,
-}
-
-impl<R> Default for Batch<R> {
-    fn default() -> Self {
-        Self { handler: None, invokes: Vec::new(), admissions: Vec::new() }
-    }
-}
-
-impl<R> Batch<R> {
-    /// Whether a request for this handler can go with it.
-    fn fits(&self, handler: &Arc<HandlerRef>) -> bool {
-        self.handler.as_ref().is_some_and(|same| {
-            Arc::ptr_eq(&same.replicas, &handler.replicas) && self.invokes.len() < handler.replicas.batch_size
-        })
-    }
-
-    /// Gives its requests their slots, and sends them.
-    fn send(&mut self, shared: &Shared<R>, env: &SessionEnv, scope: Option<&Arc<Scope>>) {
-        let Some(handler) = self.handler.take() else { return };
-        let (Some(server), Some(scope)) = (&env.server, scope) else { return };
-        let room = self.invokes.len();
-        let mut invokes = std::mem::replace(&mut self.invokes, Vec::with_capacity(room));
-        if !self.admissions.is_empty() {
-            let mut inner = shared.inner.lock();
-            let waiting = invokes.iter_mut().filter(|invoke| matches!(invoke.duty, Duty::Slot(_)));
-            for (invoke, admission) in waiting.zip(self.admissions.drain(..)) {
-                let slot = inner.admit(admission);
-                invoke.parts.slot = slot;
-                invoke.duty = Duty::Slot(slot);
-            }
-        }
-        let batch = InvokeBatch { scope: Arc::clone(scope), invokes };
-        // Whoever is not answered here is answered by the batch being dropped.
-        let Some(replica) = handler.replica(server.arbiter) else { return };
-        match replica.try_send(batch) {
-            Ok(()) => {}
-            Err(SendError::Full(mut batch)) => {
-                env.events.emit(ServiceEvent::BoundHit {
-                    place: Arc::clone(&handler.info.name),
-                    bound: "mailbox_capacity",
-                    limit: handler.replicas.mailbox_capacity as u64,
-                    action: "the requests were answered with an overload error",
-                });
-                for invoke in batch.invokes.drain(..) {
-                    invoke.duty.into_responder(scope).fail(&overloaded());
-                }
-            }
-            // Unrouted meanwhile.
-            Err(SendError::Closed(batch)) => drop(batch),
-        }
-    }
 }
 
 /// Runs a session to its end.
@@ -281,12 +223,13 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         table,
         subscribed,
         table_changed,
+        reconciled: false,
         reading: true,
         draining: false,
         half_closed: None,
         reported_full: false,
         handed_back: 0,
-        batch_of: Batch::default(),
+        turn: Batch::default(),
         retries: RetryQueue::default(),
         batch: Vec::new(),
         outgoing: Outgoing::default(),
@@ -442,26 +385,33 @@ impl<S: Session> Loop<S> {
     fn take_route_changes(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
         while let Some(changed) = &mut self.table_changed {
             let Poll::Ready(mut tables) = changed.as_mut().poll(cx) else { return Ok(()) };
+            let before = Arc::clone(&self.table);
             self.replace_table(Arc::clone(&tables.borrow_and_update()));
             self.table_changed = Some(watch_tables(tables));
             if self.draining {
                 continue;
             }
-            let wanted: HashSet<Route> = self.table.iter().map(|entry| entry.route.clone()).collect();
-            let gone: Vec<_> = self.subscribed.difference(&wanted).cloned().collect();
-            for route in gone {
-                self.write(Outbound::Unsubscribe(route))?;
+            // The session may have been dialled with an older table than the one that it began with.
+            let changed = match std::mem::replace(&mut self.reconciled, true) {
+                true => self.table.changed_since(&before),
+                false => {
+                    let now = self.table.iter().map(|entry| entry.route.clone());
+                    now.chain(self.subscribed.iter().cloned()).collect()
+                }
+            };
+            let mut fresh = Vec::new();
+            for route in changed {
+                match self.table.get(&route) {
+                    Some(entry) if self.subscribed.insert(route.clone()) => fresh.push(Arc::clone(entry)),
+                    Some(_) => {}
+                    None if self.subscribed.remove(&route) => self.write(Outbound::Unsubscribe(route))?,
+                    None => {}
+                }
             }
-            let fresh: Vec<_> = self
-                .table
-                .iter()
-                .filter(|entry| !self.subscribed.contains(&entry.route))
-                .map(|entry| entry.subscription())
-                .collect();
-            for subscription in fresh {
-                self.write(Outbound::Subscribe(subscription))?;
+            fresh.sort_unstable_by_key(|entry| entry.index);
+            for entry in fresh {
+                self.write(Outbound::Subscribe(entry.subscription()))?;
             }
-            self.subscribed = wanted;
         }
         Ok(())
     }
@@ -502,7 +452,7 @@ impl<S: Session> Loop<S> {
                 }
                 let taken = match queued.kind {
                     CallKind::Event => {
-                        self.writer.write_event(queued.message, client.receipt(queued.key)).map(Some)
+                        self.writer.write_event(queued.message, client.id(queued.key)).map(Some)
                     }
                     _ => self.writer.write(Outbound::Request(queued.message)).map(|()| None),
                 };
@@ -766,13 +716,10 @@ impl<S: Session> Loop<S> {
         self.env.control.admitted.add(1);
         match chain {
             [only] => {
-                if !self.batch_of.fits(only) {
-                    self.batch_of.send(&self.shared, &self.env, Some(scope));
-                    self.batch_of.handler = Some(Arc::clone(only));
+                if !self.turn.fits(only) {
+                    self.turn.send(&self.shared, &self.env, Some(scope));
                 }
-                self.batch_of.admissions.push(admission);
-                let duty = Duty::Slot(SlotKey::NONE);
-                self.batch_of.invokes.push(Invoke { endpoint: only.endpoint, parts, duty });
+                self.turn.push(only, parts, admission);
             }
             chain => {
                 let chain = chain.to_vec();
@@ -801,16 +748,14 @@ impl<S: Session> Loop<S> {
     /// Adds a request to the batch for its replica; a batch for another one is sent first, which keeps the
     /// order of dispatch.
     fn invoke(&mut self, handler: &Arc<HandlerRef>, parts: Parts, responder: Responder) {
-        if !self.batch_of.fits(handler) {
+        if !self.turn.fits(handler) {
             self.send_invokes();
-            self.batch_of.handler = Some(Arc::clone(handler));
         }
-        let duty = Duty::Own(responder);
-        self.batch_of.invokes.push(Invoke { endpoint: handler.endpoint, parts, duty });
+        self.turn.push_with(handler, parts, responder);
     }
 
     fn send_invokes(&mut self) {
-        self.batch_of.send(&self.shared, &self.env, self.scope.as_ref());
+        self.turn.send(&self.shared, &self.env, self.scope.as_ref());
     }
 
     /// Takes in what failed and is to be tried again, and tries what is due.

@@ -192,7 +192,8 @@ impl MqttDial {
 /// Waits until at most so many subscriptions are unanswered; a refused one ends the session (MQTT-4).
 async fn confirmed(link: &mut Link, at_most: usize) -> Result<(), SessionError> {
     std::future::poll_fn(|cx| {
-        if let Err(error) = link.poll_work(cx) {
+        // Messages may have arrived already, and nobody takes them yet.
+        if let Err(error) = link.poll_work(cx).and_then(|_| link.check_alive()) {
             return std::task::Poll::Ready(Err(error));
         }
         let mut others = std::collections::VecDeque::new();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The protocol state of quality of service 1 and 2, pure: no connection, no clock.
 //!
-//! It outlives a connection: the transporter keeps it between two sessions of one end (MQTT-15 to MQTT-17).
+//! It outlives a connection: the transporter keeps it between two sessions of one end (MQTT-16, MQTT-17).
 
 use std::collections::{HashMap, HashSet, VecDeque};
 

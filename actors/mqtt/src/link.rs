@@ -195,7 +195,7 @@ impl Link {
         self.broker = connack;
         for again in again {
             match again {
-                Again::Release(id) => self.version.ack(AckKind::PubRel, id, false, &mut self.output),
+                Again::Release(id) => self.version.ack(AckKind::Release, id, false, &mut self.output),
                 Again::Publish(id) => self.write_sent(id, true),
             }
         }
@@ -357,9 +357,9 @@ impl Link {
     pub(crate) fn acknowledge(&mut self, to: AckTo, failed: bool) {
         match to.qos {
             MqttQos::AtMostOnce => {}
-            MqttQos::AtLeastOnce => self.version.ack(AckKind::PubAck, to.id, failed, &mut self.output),
+            MqttQos::AtLeastOnce => self.version.ack(AckKind::Taken, to.id, failed, &mut self.output),
             MqttQos::ExactlyOnce => {
-                self.version.ack(AckKind::PubRec, to.id, failed, &mut self.output);
+                self.version.ack(AckKind::Received, to.id, failed, &mut self.output);
                 // A refusal ends the exchange; without MQTT 5 there is none.
                 if !failed || !self.version.is_v5() {
                     self.flow.received(to.id);
@@ -466,6 +466,14 @@ impl Link {
             && !self.flow.is_waiting()
     }
 
+    /// Why the connection is over, whatever it has brought: for those who do not take arrivals.
+    pub(crate) fn check_alive(&self) -> Result<(), SessionError> {
+        match &self.ended {
+            Some(error) => Err(error.clone()),
+            None => Ok(()),
+        }
+    }
+
     /// Why the connection is over, once everything it brought has been taken.
     pub(crate) fn check_ended(&self) -> Result<(), SessionError> {
         match &self.ended {
@@ -483,6 +491,7 @@ impl Link {
         tick.as_mut().reset(Instant::now() + keep.period);
         // Polled again, so that it is registered.
         cx.waker().wake_by_ref();
+        // MQTT-20.
         let received = std::mem::take(&mut keep.received);
         let sent = std::mem::take(&mut keep.sent);
         keep.silent = if received { 0 } else { keep.silent + 1 };
@@ -594,7 +603,7 @@ impl Link {
             }
             Incoming::PubRel(id) => {
                 self.flow.released(id);
-                self.version.ack(AckKind::PubComp, id, false, &mut self.output);
+                self.version.ack(AckKind::Complete, id, false, &mut self.output);
             }
             Incoming::PubComp(id) => self.flow.on_pubcomp(id),
             Incoming::SubAck(Ack { id, refusal }) => {
@@ -621,10 +630,10 @@ impl Link {
     fn acked(&mut self, id: u16, acked: Acked) {
         match acked {
             Acked::Done => {}
-            Acked::Release => self.version.ack(AckKind::PubRel, id, false, &mut self.output),
+            Acked::Release => self.version.ack(AckKind::Release, id, false, &mut self.output),
             Acked::Refused(message, refusal) => {
                 if refusal == Refusal::NoSubscribers && message.options.qos == MqttQos::ExactlyOnce {
-                    self.version.ack(AckKind::PubRel, id, false, &mut self.output);
+                    self.version.ack(AckKind::Release, id, false, &mut self.output);
                 }
                 match (message.request, refusal) {
                     (Some(request), refusal) => self.signals.push_back(Signal::Refused(request, refusal)),
@@ -642,7 +651,7 @@ impl Link {
     fn arrive(&mut self, publish: Publish) {
         if publish.qos == MqttQos::ExactlyOnce && self.flow.is_received(publish.id) {
             // It was taken; the broker has not heard of it.
-            self.version.ack(AckKind::PubRec, publish.id, false, &mut self.output);
+            self.version.ack(AckKind::Received, publish.id, false, &mut self.output);
             return;
         }
         if !self.intake {

@@ -1,17 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The way to a broker: TCP, TLS, WebSocket.
 
-use std::sync::Arc;
-
 use async_tungstenite::tungstenite::client::IntoClientRequest;
 use async_tungstenite::tungstenite::http::HeaderValue;
 use martlet_core::error::SessionError;
-use rumqttc_core::{AsyncReadWrite, WsAdapter, validate_response_headers};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{ClientConfig, RootCertStore};
+use martlet_core::options::percent_decoded;
+use rumqttc_core::{
+    AsyncReadWrite, TlsConfiguration, TlsError, WsAdapter, tls_connect, validate_response_headers,
+};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
 
 use crate::options::{MqttTlsOptions, without_secrets};
 
@@ -74,26 +71,6 @@ impl Target {
     }
 }
 
-/// Undoes the percent-encoding of user and password in a URL.
-fn percent_decoded(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, more)) = rest.split_first() {
-        let hex = |at: usize| char::from(*more.get(at)?).to_digit(16);
-        match (first, hex(0), hex(1)) {
-            (b'%', Some(high), Some(low)) => {
-                bytes.push((high * 16 + low) as u8);
-                rest = &more[2..];
-            }
-            _ => {
-                bytes.push(first);
-                rest = more;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
 /// Opens the stream that packets travel on.
 pub(crate) async fn connect(
     url: &str,
@@ -103,7 +80,7 @@ pub(crate) async fn connect(
     let shown = without_secrets(url);
     // Read before anything is sent: a wrong option is told at once.
     let config = match target.tls {
-        true => Some(client_config(tls.unwrap_or(&MqttTlsOptions::new()))?),
+        true => Some(tls.unwrap_or(&MqttTlsOptions::new()).load()?.config),
         false if tls.is_some() => {
             return Err(SessionError::fatal(format!(
                 "option tls needs an address of mqtts:// or wss:// in option url, which is {shown}"
@@ -119,11 +96,9 @@ pub(crate) async fn connect(
     let stream: Stream = match config {
         None => Box::new(tcp),
         Some(config) => {
-            let name = ServerName::try_from(target.host.clone()).map_err(|error| {
-                SessionError::fatal(format!("option url: TLS cannot check the host of {shown}: {error}"))
-            })?;
-            let connected = TlsConnector::from(config).connect(name, tcp).await;
-            Box::new(connected.map_err(|error| handshake_error(&shown, &error))?)
+            let config = TlsConfiguration::Rustls(config);
+            let connected = tls_connect(&target.host, target.port, &config, Box::new(tcp)).await;
+            connected.map_err(|error| handshake_error(&shown, &error))?
         }
     };
     match &target.websocket {
@@ -152,65 +127,15 @@ async fn upgrade(shown: &str, target: &Target, path: &str, stream: Stream) -> Re
     Ok(Box::new(WsAdapter::new(socket)))
 }
 
-fn client_config(options: &MqttTlsOptions) -> Result<Arc<ClientConfig>, SessionError> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| SessionError::fatal(format!("option tls: {error}")))?;
-    let mut roots = RootCertStore::empty();
-    match &options.ca_file {
-        Some(path) => {
-            for certificate in certificates("tls.caFile", path)? {
-                roots.add(certificate).map_err(|error| {
-                    SessionError::fatal(format!("option tls.caFile {}: {error}", path.display()))
-                })?;
-            }
-        }
-        None => {
-            let native = rustls_native_certs::load_native_certs();
-            roots.add_parsable_certificates(native.certs);
-            if roots.is_empty() {
-                return Err(SessionError::fatal(
-                    "option tls.caFile: the platform has no authorities to trust, so one is needed",
-                ));
-            }
-        }
-    }
-    let builder = builder.with_root_certificates(roots);
-    let config = match (&options.cert_file, &options.key_file) {
-        (Some(cert), Some(key)) => {
-            let key = PrivateKeyDer::from_pem_file(key).map_err(|error| {
-                SessionError::fatal(format!("option tls.keyFile {}: {error}", key.display()))
-            })?;
-            builder.with_client_auth_cert(certificates("tls.certFile", cert)?, key).map_err(|error| {
-                SessionError::fatal(format!("option tls.keyFile does not fit tls.certFile: {error}"))
-            })?
-        }
-        (None, None) => builder.with_no_client_auth(),
-        _ => return Err(SessionError::fatal("options tls.certFile and tls.keyFile need each other")),
-    };
-    Ok(Arc::new(config))
-}
-
-fn certificates(option: &str, path: &std::path::Path) -> Result<Vec<CertificateDer<'static>>, SessionError> {
-    let fatal = |error: &dyn std::fmt::Display| {
-        SessionError::fatal(format!("option {option} {}: {error}", path.display()))
-    };
-    let certificates = CertificateDer::pem_file_iter(path)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|error| fatal(&error))?;
-    if certificates.is_empty() {
-        return Err(fatal(&"it holds no PEM certificate"));
-    }
-    Ok(certificates)
-}
-
 /// A handshake that failed: a wrong certificate is not retried, a broken line is.
-fn handshake_error(shown: &str, error: &std::io::Error) -> SessionError {
-    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-        Some(tls) => SessionError::fatal(format!("option tls: TLS with the broker at {shown} failed: {tls}")),
-        None => SessionError::refused(format!("option tls: TLS with the broker at {shown} failed: {error}")),
-    }
+fn handshake_error(shown: &str, error: &TlsError) -> SessionError {
+    let io = match error {
+        TlsError::Io(io) => Some(io),
+        _ => None,
+    };
+    let is_tls = io.is_none_or(|io| io.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()));
+    let text = format!("option tls: TLS with the broker at {shown} failed: {error}");
+    if is_tls { SessionError::fatal(text) } else { SessionError::refused(text) }
 }
 
 #[cfg(test)]

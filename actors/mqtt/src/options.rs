@@ -4,7 +4,6 @@
 //! Durations are numbers of milliseconds in configuration files, except where mqtt.js counts seconds.
 
 use std::fmt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,42 +19,7 @@ use serde::Deserialize;
 use crate::properties::MqttProperties;
 
 /// TLS towards the broker, for `mqtts://` and `wss://`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-#[non_exhaustive]
-pub struct MqttTlsOptions {
-    /// A PEM file of the authorities to trust. Default: those of the platform.
-    pub ca_file: Option<PathBuf>,
-    /// A PEM file with the certificate to show. Default: none is shown.
-    pub cert_file: Option<PathBuf>,
-    /// A PEM file with its key; needed with `certFile`.
-    pub key_file: Option<PathBuf>,
-}
-
-impl MqttTlsOptions {
-    /// The options' names, for checking configuration.
-    pub const OPTION_KEYS: &'static [&'static str] = &["caFile", "certFile", "keyFile"];
-
-    /// TLS with the platform's authorities.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Trusts the authorities in a PEM file instead of the platform's.
-    #[must_use]
-    pub fn ca_file(mut self, path: impl Into<PathBuf>) -> Self {
-        self.ca_file = Some(path.into());
-        self
-    }
-
-    /// Shows a certificate.
-    #[must_use]
-    pub fn certificate(mut self, cert_file: impl Into<PathBuf>, key_file: impl Into<PathBuf>) -> Self {
-        self.cert_file = Some(cert_file.into());
-        self.key_file = Some(key_file.into());
-        self
-    }
-}
+pub type MqttTlsOptions = martlet_tls::BrokerTls;
 
 /// MQTT's three levels of delivery. In data: 0, 1 or 2.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]

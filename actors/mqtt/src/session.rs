@@ -543,6 +543,7 @@ impl SessionWriter<MqttReplyTo> for MqttWriter {
                 }
                 Closing::Finishing(limit) => {
                     let written = link.poll_work(cx)?;
+                    link.check_alive()?;
                     if written.is_pending() || !link.flow.is_idle() {
                         std::task::ready!(limit.as_mut().poll(cx));
                     }

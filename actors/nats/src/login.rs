@@ -11,6 +11,7 @@ use async_nats::rustls::sign::CertifiedKey;
 use async_nats::rustls::{AlertDescription, CertificateError, Error as TlsError};
 use async_nats::{ConnectErrorKind, ConnectOptions, ServerAddr};
 use martlet_core::error::SessionError;
+use martlet_core::options::percent_decoded;
 use nkeys::{KeyPair, KeyPairType};
 
 use crate::options::{Common, NatsTlsOptions};
@@ -144,26 +145,6 @@ fn user_seed(seed: &str) -> Result<String, SessionError> {
 
 fn read(option: &str, path: &Path) -> Result<Vec<u8>, SessionError> {
     std::fs::read(path).map_err(|error| fatal(format!("option {option} {}: {error}", path.display())))
-}
-
-/// Undoes the percent-encoding of user and password in a URL.
-fn percent_decoded(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, more)) = rest.split_first() {
-        let hex = |at: usize| char::from(*more.get(at)?).to_digit(16);
-        match (first, hex(0), hex(1)) {
-            (b'%', Some(high), Some(low)) => {
-                bytes.push((high * 16 + low) as u8);
-                rest = &more[2..];
-            }
-            _ => {
-                bytes.push(first);
-                rest = more;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 // === TLS ===

@@ -2,6 +2,7 @@
 //! Brokers' addresses: URLs and NestJS's objects, pure.
 
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism};
+use martlet_core::options::percent_decoded;
 use serde::{Deserialize, Deserializer};
 
 /// An address as an object, as amqplib's `Options.Connect`.
@@ -79,26 +80,6 @@ pub(crate) fn encoded(text: &str) -> String {
         .collect()
 }
 
-/// Undoes percent-encoding.
-fn decoded(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, more)) = rest.split_first() {
-        let hex = |at: usize| char::from(*more.get(at)?).to_digit(16);
-        match (first, hex(0), hex(1)) {
-            (b'%', Some(high), Some(low)) => {
-                bytes.push((high * 16 + low) as u8);
-                rest = &more[2..];
-            }
-            _ => {
-                bytes.push(first);
-                rest = more;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
 /// A broker's address without user, password and query.
 pub(crate) fn without_secrets(url: &str) -> String {
     let (scheme, rest) = url.split_once("://").unwrap_or(("amqp", url));
@@ -135,10 +116,10 @@ pub(crate) fn parse(url: &str) -> Result<AMQPUri, String> {
         None => ("guest".to_owned(), "guest".to_owned()),
         Some(user) => {
             let (user, password) = user.split_once(':').unwrap_or((user, ""));
-            (decoded(user), decoded(password))
+            (percent_decoded(user), percent_decoded(password))
         }
     };
-    let vhost = if vhost.is_empty() { "/".to_owned() } else { decoded(vhost) };
+    let vhost = if vhost.is_empty() { "/".to_owned() } else { percent_decoded(vhost) };
     let authority =
         AMQPAuthority { userinfo: AMQPUserInfo { username, password }, host: host.to_owned(), port };
     Ok(AMQPUri { scheme, authority, vhost, query: parameters(query)? })

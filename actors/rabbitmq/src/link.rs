@@ -322,24 +322,11 @@ async fn qos(settings: &Settings, channel: &Channel) -> Result<(), SessionError>
 }
 
 fn tls_config(options: &RmqTlsOptions) -> Result<OwnedTLSConfig, SessionError> {
-    let read = |option: &str, path: &std::path::Path| {
-        std::fs::read(path)
-            .map_err(|error| SessionError::fatal(format!("option {option} {}: {error}", path.display())))
-    };
-    let mut config = OwnedTLSConfig::default();
-    if let Some(path) = &options.ca_file {
-        let pem = read("tls.caFile", path)?;
-        config.cert_chain = Some(String::from_utf8_lossy(&pem).into_owned());
-    }
-    match (&options.cert_file, &options.key_file) {
-        (Some(cert), Some(key)) => {
-            let (pem, key) = (read("tls.certFile", cert)?, read("tls.keyFile", key)?);
-            config.identity = Some(OwnedIdentity::PKCS8 { pem, key });
-        }
-        (None, None) => {}
-        _ => return Err(SessionError::fatal("options tls.certFile and tls.keyFile need each other")),
-    }
-    Ok(config)
+    let loaded = options.load()?;
+    Ok(OwnedTLSConfig {
+        cert_chain: loaded.ca.map(|pem| String::from_utf8_lossy(&pem).into_owned()),
+        identity: loaded.identity.map(|(pem, key)| OwnedIdentity::PKCS8 { pem, key }),
+    })
 }
 
 // === errors ===

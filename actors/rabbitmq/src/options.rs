@@ -4,7 +4,6 @@
 //! Durations are numbers of milliseconds in configuration files, except where the name says seconds.
 
 use std::fmt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,43 +21,8 @@ use crate::address::{urls, without_secrets};
 /// The broker's name for the reply queue that needs no declaring: direct reply-to.
 pub const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
 
-/// TLS towards the broker, for `amqps://` addresses.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-#[non_exhaustive]
-pub struct RmqTlsOptions {
-    /// A PEM file of the authorities to trust, besides those of the platform. Default: those of the platform.
-    pub ca_file: Option<PathBuf>,
-    /// A PEM file with the certificate to show. Default: none is shown.
-    pub cert_file: Option<PathBuf>,
-    /// A PEM file with its key; needed with `certFile`.
-    pub key_file: Option<PathBuf>,
-}
-
-impl RmqTlsOptions {
-    /// The options' names, for checking configuration.
-    pub const OPTION_KEYS: &'static [&'static str] = &["caFile", "certFile", "keyFile"];
-
-    /// TLS with the platform's authorities.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Trusts the authorities in a PEM file, too.
-    #[must_use]
-    pub fn ca_file(mut self, path: impl Into<PathBuf>) -> Self {
-        self.ca_file = Some(path.into());
-        self
-    }
-
-    /// Shows a certificate.
-    #[must_use]
-    pub fn certificate(mut self, cert_file: impl Into<PathBuf>, key_file: impl Into<PathBuf>) -> Self {
-        self.cert_file = Some(cert_file.into());
-        self.key_file = Some(key_file.into());
-        self
-    }
-}
+/// TLS towards the broker, for `amqps://` addresses. The driver trusts the authorities of the platform besides.
+pub type RmqTlsOptions = martlet_tls::BrokerTls;
 
 /// What the queue is declared with. Both sides, and every service on the queue, must declare the same.
 #[derive(Debug, Clone, PartialEq, Deserialize)]

@@ -91,6 +91,16 @@ pub(crate) enum Target {
     Reply,
 }
 
+/// A subscription.
+struct Entry {
+    target: Target,
+    /// Whether it is to last.
+    wanted: bool,
+    /// Commands to end it that the broker has not yet answered. Until then messages come, and their callers are to
+    /// hear that nobody handles them.
+    leaving: u32,
+}
+
 /// A message that waits.
 pub(crate) struct Arrival {
     pub(crate) target: Target,
@@ -112,7 +122,10 @@ pub(crate) enum Asked {
         channel: Bytes,
         glob: bool,
     },
-    Unsubscribe,
+    Unsubscribe {
+        channel: Bytes,
+        glob: bool,
+    },
     Ping,
     /// Everything sent before it has been done.
     Probe,
@@ -173,8 +186,8 @@ pub(crate) struct Subscriber {
     asked: VecDeque<Asked>,
     /// Answers to what was asked, not yet looked at.
     pub(crate) answers: VecDeque<(Asked, Result<i64, String>)>,
-    channels: HashMap<Bytes, Target>,
-    globs: HashMap<Bytes, Target>,
+    channels: HashMap<Bytes, Entry>,
+    globs: HashMap<Bytes, Entry>,
     queue: VecDeque<Arrival>,
     queue_bytes: usize,
     /// What is to be reported before the next message.
@@ -268,18 +281,31 @@ impl Subscriber {
     /// Subscribes a channel, or a glob.
     pub(crate) fn subscribe(&mut self, channel: Bytes, glob: bool, target: Target) {
         let map = if glob { &mut self.globs } else { &mut self.channels };
-        map.insert(channel.clone(), target);
+        let leaving = map.get(&channel).map_or(0, |entry| entry.leaving);
+        map.insert(channel.clone(), Entry { target, wanted: true, leaving });
         let verb: &[u8] = if glob { b"PSUBSCRIBE" } else { b"SUBSCRIBE" };
         resp::command(&mut self.output, &[verb, &channel]);
         self.asked.push_back(Asked::Subscribe { channel, glob });
     }
 
-    /// Ends a subscription; what waits of it is still read.
+    /// Ends a subscription; what comes until the broker has done so is still read.
     pub(crate) fn unsubscribe(&mut self, channel: &[u8], glob: bool) {
         let map = if glob { &mut self.globs } else { &mut self.channels };
-        if map.remove(channel).is_some() {
-            let verb: &[u8] = if glob { b"PUNSUBSCRIBE" } else { b"UNSUBSCRIBE" };
-            self.ask(Asked::Unsubscribe, &[verb, channel]);
+        let Some(entry) = map.get_mut(channel).filter(|entry| entry.wanted) else { return };
+        entry.wanted = false;
+        entry.leaving += 1;
+        let verb: &[u8] = if glob { b"PUNSUBSCRIBE" } else { b"UNSUBSCRIBE" };
+        let asked = Asked::Unsubscribe { channel: Bytes::copy_from_slice(channel), glob };
+        self.ask(asked, &[verb, channel]);
+    }
+
+    /// The broker has ended a subscription.
+    fn unsubscribed(&mut self, channel: &[u8], glob: bool) {
+        let map = if glob { &mut self.globs } else { &mut self.channels };
+        let Some(entry) = map.get_mut(channel) else { return };
+        entry.leaving = entry.leaving.saturating_sub(1);
+        if entry.leaving == 0 && !entry.wanted {
+            map.remove(channel);
         }
     }
 
@@ -300,7 +326,7 @@ impl Subscriber {
             let verb: &[u8] = if glob { b"PUNSUBSCRIBE" } else { b"UNSUBSCRIBE" };
             for channel in map.keys() {
                 resp::command(&mut self.output, &[verb, channel]);
-                self.asked.push_back(Asked::Unsubscribe);
+                self.asked.push_back(Asked::Unsubscribe { channel: channel.clone(), glob });
             }
         }
         self.ask(Asked::Probe, &[b"PING"]);
@@ -308,7 +334,7 @@ impl Subscriber {
 
     /// Whether a channel is subscribed by its name.
     pub(crate) fn has_channel(&self, channel: &[u8]) -> bool {
-        self.channels.contains_key(channel)
+        self.channels.get(channel).is_some_and(|entry| entry.wanted)
     }
 
     /// The next message.
@@ -432,8 +458,8 @@ impl Subscriber {
                     None => self.channels.get(&self.input[channel.clone()]),
                     Some(pattern) => self.globs.get(&self.input[pattern.clone()]),
                 };
-                // One that was sent before its subscription ended.
-                let Some(target) = found.cloned() else {
+                // One whose subscription the broker refused, or that nobody asked for.
+                let Some(target) = found.map(|entry| entry.target.clone()) else {
                     self.input.advance(length);
                     return Ok(());
                 };
@@ -469,7 +495,7 @@ impl Subscriber {
                 let subscribed = matches!(what, Confirmed::Subscribe | Confirmed::Psubscribe);
                 let expected = match self.asked.front() {
                     Some(Asked::Subscribe { .. }) => subscribed,
-                    Some(Asked::Unsubscribe) => !subscribed,
+                    Some(Asked::Unsubscribe { .. }) => !subscribed,
                     _ => false,
                 };
                 if !expected {
@@ -484,6 +510,7 @@ impl Subscriber {
             (Some(Asked::ClientId), Ok(id)) => {
                 self.seen.id.store(u64::try_from(id).unwrap_or(0), Ordering::Relaxed);
             }
+            (Some(Asked::Unsubscribe { channel, glob }), _) => self.unsubscribed(&channel, glob),
             // They may be unknown to an older broker; a ping's answer was heard.
             (Some(Asked::Library | Asked::Ping), _) => {}
             (Some(asked), result) => self.answers.push_back((asked, result)),

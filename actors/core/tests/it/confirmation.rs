@@ -156,6 +156,17 @@ async fn an_event_whose_connection_is_lost_before_it_is_confirmed_is_lost() {
 }
 
 #[actix::test]
+async fn an_event_that_is_not_confirmed_in_time_times_out() {
+    let broker = Broker::default();
+    let mut options = ClientOptions::default();
+    options.timeout = Some(std::time::Duration::from_millis(50));
+    let client = ClientProxy::new(broker.clone(), options);
+    let error = client.emit("evt", 1).await.unwrap_err();
+    assert!(matches!(error, CallError::Timeout { .. }), "{error}");
+    assert_eq!((broker.takes(1).await.len(), client.occupied()), (1, 0));
+}
+
+#[actix::test]
 async fn an_event_that_nobody_waits_for_leaves_nothing_behind() {
     let broker = Broker::default();
     let client = broker.client();

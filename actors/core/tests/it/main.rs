@@ -13,6 +13,7 @@ mod packets;
 mod patterns;
 mod settlement;
 mod supervision;
+mod supervision_tree;
 mod support;
 #[cfg(feature = "tower")]
 mod tower;

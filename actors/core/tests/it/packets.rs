@@ -8,6 +8,7 @@ use martlet_core::json;
 use martlet_core::packet::{Metadata, OutgoingPacket, PatternText, Raw, ResponseBody};
 use martlet_core::pattern::Pattern;
 use martlet_core::payload::{Format, Payload};
+use martlet_core::transport::PacketId;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -396,6 +397,75 @@ proptest! {
             codec.encode_response(None, &body, None, &mut out).unwrap();
             let is_error = matches!(codec.decode_response(&out.freeze()).unwrap().body, ResponseBody::Error(_));
             prop_assert!(is_error);
+        }
+    }
+}
+
+#[test]
+fn a_short_reply_is_what_the_whole_reading_says() {
+    let id = "0123456789abcdef01234";
+    let usual = |value: &str| format!(r#"{{"response":{value},"isDisposed":true,"id":"{id}"}}"#);
+    for value in ["15", "-1.5e3", "null", r#""a\"b""#, r#"{"a":[1,{}]}"#, r#""é""#, "[]"] {
+        let text = usual(value);
+        let short = JsonCodec.decode_short_response(text.as_bytes()).expect(value);
+        let whole = JsonCodec.decode_response(&bytes(&text)).unwrap();
+        assert_eq!(whole.id.as_deref(), Some(format!("\"{id}\"").as_bytes()), "{value}");
+        assert_eq!((short.id.as_str(), &*short.value), (id, value.as_bytes()));
+        let payload = Payload::new(Format::Json, value.to_owned().into());
+        assert_eq!(whole.body, ResponseBody::Last(Some(payload)), "{value}");
+    }
+    let others = [
+        usual(""),
+        usual(" 1"),
+        usual("1 "),
+        usual("1,"),
+        usual("01"),
+        usual(r#"1,"err":2"#),
+        usual(r#"1,"isDisposed":false"#),
+        usual(r#""unfinished"#),
+        usual(&format!("{:?}", "x".repeat(30))),
+        usual("1").replace("01234\"}", "0123G\"}"),
+        usual("1").replace("true", "false"),
+        usual("1").replace("}", "} "),
+        usual("1").replace(",\"id\"", ", \"id\""),
+        format!(r#"{{"id":"{id}","response":1,"isDisposed":true}}"#),
+        format!(r#"{{"isDisposed":true,"id":"{id}"}}"#),
+        r#"{"response":1,"isDisposed":true,"id":"short"}"#.to_owned(),
+        String::new(),
+    ];
+    for text in &others {
+        assert_eq!(JsonCodec.decode_short_response(text.as_bytes()), None, "{text}");
+    }
+    let mut broken = usual("\"x\"").into_bytes();
+    broken[13] = 0xff;
+    assert_eq!(JsonCodec.decode_short_response(&broken), None);
+    let long = usual(&format!("{:?}", "x".repeat(30)));
+    let whole = JsonCodec.decode_response(&bytes(&long)).unwrap();
+    let payload = Payload::new(Format::Json, format!("{:?}", "x".repeat(30)).into());
+    assert_eq!(whole.body, ResponseBody::Last(Some(payload)));
+}
+
+#[test]
+fn a_call_is_written_as_a_request_with_its_id() {
+    let id = PacketId::from_text(b"0123456789abcdef01234").unwrap();
+    let mut metadata = Metadata::from_iter([("k", "v\"w")]);
+    let data = Payload::new(Format::Json, "[1]".to_owned().into());
+    let pattern = Pattern::from("p");
+    for keep in [false, true] {
+        if keep {
+            metadata.keep_json();
+        }
+        for codec in [&JsonCodec as &dyn Codec, &MessagePackCodec] {
+            let packet = OutgoingPacket {
+                pattern: PatternText::Given(&pattern),
+                data: Some(&data),
+                id: None,
+                metadata: Some(&metadata),
+            };
+            let (mut call, mut request) = (BytesMut::new(), BytesMut::new());
+            codec.encode_call(&packet, &id, &mut call).unwrap();
+            codec.encode_request(&OutgoingPacket { id: Some(id.as_str()), ..packet }, &mut request).unwrap();
+            assert_eq!(call, request, "{}", codec.name());
         }
     }
 }

@@ -2,7 +2,7 @@
 //! The seam to the driver: packets of both protocol versions as one set of types.
 //!
 //! What is read and written is the driver's (`rumqttc`, one crate for each version): its codec, its TLS and its
-//! WebSocket streams. Its event loop is not used, see `docs/decisions/0012-mqtt-event-loop.md`.
+//! WebSocket streams. Its event loop is not used, see `docs/decisions/0014-mqtt-event-loop.md`.
 
 mod v4;
 mod v5;
@@ -154,10 +154,10 @@ impl Version {
     /// Writes an acknowledgement; `failed` tells an MQTT 5 broker that the message was not dealt with.
     pub(crate) fn ack(self, kind: AckKind, id: u16, failed: bool, out: &mut BytesMut) {
         let head = match kind {
-            AckKind::PubAck => 0x40,
-            AckKind::PubRec => 0x50,
-            AckKind::PubRel => 0x62,
-            AckKind::PubComp => 0x70,
+            AckKind::Taken => 0x40,
+            AckKind::Received => 0x50,
+            AckKind::Release => 0x62,
+            AckKind::Complete => 0x70,
         };
         let reason = failed && self.is_v5();
         out.put_slice(&[head, if reason { 3 } else { 2 }]);
@@ -223,10 +223,14 @@ impl Version {
 /// Acknowledgements of messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum AckKind {
-    PubAck,
-    PubRec,
-    PubRel,
-    PubComp,
+    /// PUBACK.
+    Taken,
+    /// PUBREC.
+    Received,
+    /// PUBREL.
+    Release,
+    /// PUBCOMP.
+    Complete,
 }
 
 /// What CONNECT says beside the options.

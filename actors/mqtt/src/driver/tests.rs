@@ -52,13 +52,13 @@ fn acknowledgements_are_four_bytes() {
         version.ack(kind, 0x0102, failed, &mut out);
         out.to_vec()
     };
-    assert_eq!(bytes(Version::V4, AckKind::PubAck, true), [0x40, 2, 1, 2]);
-    assert_eq!(bytes(Version::V5, AckKind::PubAck, false), [0x40, 2, 1, 2]);
-    assert_eq!(bytes(Version::V5, AckKind::PubAck, true), [0x40, 3, 1, 2, 0x80]);
-    assert_eq!(bytes(Version::V4, AckKind::PubRec, false), [0x50, 2, 1, 2]);
-    assert_eq!(bytes(Version::V4, AckKind::PubRel, false), [0x62, 2, 1, 2]);
-    assert_eq!(bytes(Version::V5, AckKind::PubComp, false), [0x70, 2, 1, 2]);
-    for (version, kind) in [(Version::V4, AckKind::PubAck), (Version::V5, AckKind::PubAck)] {
+    assert_eq!(bytes(Version::V4, AckKind::Taken, true), [0x40, 2, 1, 2]);
+    assert_eq!(bytes(Version::V5, AckKind::Taken, false), [0x40, 2, 1, 2]);
+    assert_eq!(bytes(Version::V5, AckKind::Taken, true), [0x40, 3, 1, 2, 0x80]);
+    assert_eq!(bytes(Version::V4, AckKind::Received, false), [0x50, 2, 1, 2]);
+    assert_eq!(bytes(Version::V4, AckKind::Release, false), [0x62, 2, 1, 2]);
+    assert_eq!(bytes(Version::V5, AckKind::Complete, false), [0x70, 2, 1, 2]);
+    for (version, kind) in [(Version::V4, AckKind::Taken), (Version::V5, AckKind::Taken)] {
         let mut read = BytesMut::from(&bytes(version, kind, version.is_v5())[..]);
         let Incoming::PubAck(ack) = version.read(&mut read, 100).unwrap() else { panic!() };
         assert_eq!((ack.id, ack.refusal.is_some()), (0x0102, version.is_v5()));

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use martlet_core::{CallError, ConnectionStatus};
-use martlet_mqtt::MqttClient;
+use martlet_mqtt::{MqttClient, MqttQos, MqttRecordBuilder};
 
 use crate::world::{
     GRACE, broker, client, client_options, failing, serve, server_options, streaming, sum, sum_on,
@@ -87,6 +87,18 @@ async fn a_request_that_nobody_handles_ends_by_its_timeout() {
     let call = client.send::<i64>("nobody", 1).timeout(Duration::from_millis(300)).await;
     assert!(matches!(call, Err(CallError::Timeout { .. })), "{call:?}");
     assert!(begin.elapsed() < Duration::from_secs(2));
+    assert_eq!(client.occupied(), 0);
+    client.close().await;
+}
+
+/// MQTT-10: a request that the broker acknowledges can be told that nobody is there.
+#[actix::test]
+async fn a_request_of_quality_one_that_nobody_handles_says_so_at_once() {
+    let broker = broker();
+    let client = MqttClient::new(client_options(&broker).protocol_version(5));
+    let record = MqttRecordBuilder::new(1).set_qos(MqttQos::AtLeastOnce).build();
+    let call = client.send::<i64>("nobody", record).await;
+    assert!(matches!(call, Err(CallError::NoHandler { .. })), "{call:?}");
     assert_eq!(client.occupied(), 0);
     client.close().await;
 }

@@ -38,8 +38,9 @@ fn chaos(mut broker: Broker, relays: &[Relay], total: u64, done: impl Fn() -> u6
     let mut cut = 0u64;
     let mut cut_until = |goal: u64| {
         while done() < goal {
-            std::thread::sleep(Duration::from_millis(60 + cut * 37 % 190));
-            relays[cut as usize % relays.len()].cut_one(cut as usize);
+            std::thread::sleep(Duration::from_millis(100 + cut * 37 % 290));
+            // One line after the other, the service's, which is the first, less often than the clients'.
+            relays[[1, 2, 1, 2, 0][cut as usize % 5] % relays.len()].cut_one(cut as usize);
             cut += 1;
         }
     };
@@ -100,7 +101,7 @@ async fn fifty_thousand_calls_survive_ten_restarts_of_the_broker() {
     assert!(report.clean, "{report:?}");
     storm.check_runs();
     eprintln!("{outcomes:?}; {RESTARTS} restarts, {cuts} cuts; {:.1?}", begin.elapsed());
-    assert!(outcomes["value"] > CALLS / 2, "{outcomes:?}");
+    assert!(outcomes["value"] > CALLS / 4, "{outcomes:?}");
     assert!(outcomes.contains_key("lost"), "{outcomes:?}");
     drop((relays, broker));
 }
@@ -192,7 +193,7 @@ async fn of_fifty_thousand_events_none_that_was_confirmed_is_lost() {
         confirmed.len(),
         begin.elapsed()
     );
-    assert!(confirmed.len() as u64 > EVENTS / 2);
+    assert!(confirmed.len() as u64 > EVENTS / 4);
     assert!(twice >= 90, "{twice} redelivered");
     drop((relays, broker));
 }

@@ -446,3 +446,20 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_is_plain_to_see_is_what_reading_gives() {
+    let limits = FrameLimits::default().with_max_frame(40);
+    let plain = "5#[1,2]rest";
+    assert_eq!(NestFraming.peek(plain.as_bytes(), &FrameState::default(), &limits), Some(2..7));
+    let mut buf = BytesMut::from(plain);
+    let body = NestFraming.decode(&mut buf, &mut FrameState::default(), &limits).unwrap().unwrap();
+    assert_eq!((&body[..], &buf[..]), (&b"[1,2]"[..], &b"rest"[..]));
+    let long = format!("39#{}", "x".repeat(39));
+    for text in ["", "5", "5#[1,2", "0#", "-1#x", "+5#[1,2]", "3#\"\u{e9}\"", "x#y", "99999999#x", &long] {
+        assert_eq!(NestFraming.peek(text.as_bytes(), &FrameState::default(), &limits), None, "{text}");
+    }
+    let mut state = FrameState::default();
+    assert_eq!(NestFraming.decode(&mut BytesMut::from("5#[1,"), &mut state, &limits).unwrap(), None);
+    assert_eq!(NestFraming.peek(b"5#[1,2]", &state, &limits), None, "a frame that is being read");
+}
