@@ -68,6 +68,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 /// Who answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(clippy::enum_variant_names, reason = "the names of the tests have the whole phrase")]
 enum Direction {
     ToMartlet,
     /// `examples/interop_service.rs`, in a process of its own.
