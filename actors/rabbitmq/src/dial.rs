@@ -85,9 +85,10 @@ impl RmqDial {
         let peer: Arc<str> = without_secrets(url).into();
         match settings.side {
             Side::Server { .. } => {
-                let (consumer, queue) = link.serve(settings, &channel, &plan.subscriptions).await?;
-                // RMQ-12: replies have a channel of their own, whose loss does not end the consuming.
+                // RMQ-12: replies have a channel of their own, whose loss does not end the consuming. It is opened first:
+                // once there is a consumer, the broker's answers come behind whatever waits in the queue.
                 let replies = link.channel().await?;
+                let (consumer, queue) = link.serve(settings, &channel, &plan.subscriptions).await?;
                 let serving = (queue, replies, plan.subscriptions.as_slice());
                 Ok(RmqSession::server(link, Arc::clone(settings), peer, channel, consumer, serving))
             }

@@ -222,7 +222,10 @@ async fn flood(no_ack: bool) {
             Ok::<_, RpcError>(())
         }
     });
-    let mut server = server_options(&broker, &queue).max_in_flight(50).receive_buffer_bytes(256 * 1024);
+    let mut server = server_options(&broker, &queue)
+        .max_in_flight(50)
+        .receive_buffer_bytes(256 * 1024)
+        .socket_options(quick().heartbeat_interval(Duration::from_secs(2)));
     if !no_ack {
         server = server.no_ack(false).on_failure(FailurePolicy::DeadLetter);
     }
@@ -237,8 +240,8 @@ async fn flood(no_ack: bool) {
         .buffer_unordered(100)
         .for_each(|result| async { result.unwrap() })
         .await;
-    // For longer than heartbeats are waited for.
-    tokio::time::sleep(Duration::from_secs(12)).await;
+    // For longer than heartbeats are waited for, for less than a broker waits for a peer that takes nothing (15 s).
+    tokio::time::sleep(Duration::from_secs(6)).await;
     let grown = resident().saturating_sub(before);
     assert_eq!(handled.load(Ordering::Relaxed), 0);
     let raw = Raw::connect(&broker).await;
@@ -258,6 +261,42 @@ async fn flood(no_ack: bool) {
     client.close().await;
     assert!(service.stop(GRACE).await.clean);
     assert_eq!(handled.load(Ordering::Relaxed), MESSAGES);
+}
+
+/// What waits in the queue comes as soon as there is a consumer: before the session takes anything.
+#[actix::test]
+async fn a_service_starts_on_a_full_queue() {
+    const MESSAGES: u64 = 2000;
+    let broker = shared_broker();
+    for no_ack in [true, false] {
+        let queue = unique("full");
+        let client = RmqClient::new(client_options(&broker, &queue));
+        let payload = "x".repeat(4096);
+        futures::stream::iter(0..MESSAGES)
+            .map(|_| client.emit("evt", &payload))
+            .buffer_unordered(100)
+            .for_each(|result| async { result.unwrap() })
+            .await;
+        let handled = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&handled);
+        let group = event("evt", move || {
+            count.fetch_add(1, Ordering::Relaxed);
+            std::future::ready(Ok::<_, RpcError>(()))
+        });
+        let mut server = server_options(&broker, &queue).receive_buffer_bytes(64 * 1024);
+        if !no_ack {
+            server = server.no_ack(false).on_failure(FailurePolicy::DeadLetter);
+        }
+        let service = Microservice::new().arbiters(1).handlers(group).server(RmqServer::new(server));
+        let service = tokio::time::timeout(Duration::from_secs(10), service.start()).await.unwrap().unwrap();
+        let limit = Instant::now() + Duration::from_secs(30);
+        while handled.load(Ordering::Relaxed) < MESSAGES && Instant::now() < limit {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(handled.load(Ordering::Relaxed), MESSAGES, "no_ack {no_ack}");
+        client.close().await;
+        assert!(service.stop(GRACE).await.clean);
+    }
 }
 
 #[actix::test]
