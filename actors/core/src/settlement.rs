@@ -11,7 +11,7 @@ use crate::backoff::BackoffOptions;
 /// What becomes of a message whose handler failed: it answered an error, panicked, or was dropped. A message
 /// whose handler succeeded is acknowledged.
 ///
-/// For a whole server it is set with [`Server::on_failure`](crate::Server::on_failure), for one handler with
+/// For a whole server it is an option, [`ServerOptions::on_failure`](crate::ServerOptions::on_failure), for one handler
 /// [`HandlerGroup::on_failure`](crate::HandlerGroup::on_failure), which wins. Without one, the transporter does
 /// what NestJS does. A policy that a transporter cannot honour is refused at start.
 ///
