@@ -18,7 +18,7 @@ use crate::packet::{Metadata, Raw};
 use crate::pattern::{Pattern, Route};
 use crate::payload::{DecodeError, Format, Payload};
 use crate::responder::{Cancellation, ReplySink, SlotKey};
-use crate::route::{RouteEntry, RouteTable};
+use crate::route::{Place, RouteTable};
 use crate::trace::TraceContext;
 use crate::transport::{ContextData, TransportInfo};
 
@@ -122,8 +122,8 @@ pub(crate) struct Parts {
 
 impl Parts {
     /// The route that matched.
-    pub(crate) fn entry(&self) -> &RouteEntry {
-        self.scope.table.entry_at(self.route)
+    pub(crate) fn place(&self) -> &Place {
+        self.scope.table.place_at(self.route)
     }
 }
 
@@ -140,12 +140,12 @@ impl fmt::Debug for Request {
 impl Request {
     /// The route that matched.
     pub fn route(&self) -> &Route {
-        &self.0.entry().route
+        &self.0.place().route
     }
 
     /// The pattern as its handler wrote it.
     pub fn pattern(&self) -> &Pattern {
-        &self.0.entry().pattern
+        &self.0.place().pattern
     }
 
     /// The pattern as it came, in the payload format; `None` where the transporter routes by address.

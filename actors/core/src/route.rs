@@ -163,6 +163,10 @@ impl RouteEntry {
         self.message.is_none() && self.events.is_empty()
     }
 
+    fn place(&self) -> Place {
+        Place { route: self.route.clone(), pattern: self.pattern.clone() }
+    }
+
     /// The route.
     pub fn route(&self) -> &Route {
         &self.route
@@ -184,7 +188,8 @@ impl RouteEntry {
 ///
 /// A changed table shares the bulk of the one before: what has changed since lies over it, and is worked into a new
 /// bulk when it has become too much. So a change costs about the square root of the number of routes, and looking up
-/// is one step more only while something lies over.
+/// is one step more only while something lies over. A handler that is taken out of a bulk of more than 64 routes
+/// lives, unreachable, until the next bulk is made.
 #[derive(Debug, Default)]
 pub struct RouteTable {
     bulk: Arc<Bulk>,
@@ -197,9 +202,15 @@ struct Bulk {
     routes: HashMap<Route, Arc<RouteEntry>>,
     /// By raw spelling, so that the usual look-up parses nothing.
     spellings: HashMap<Arc<[u8]>, Arc<RouteEntry>>,
-    /// By index: in registration order, for subscriptions. Route and pattern of an entry hold; who handles it may have
-    /// changed since.
-    order: Vec<Arc<RouteEntry>>,
+    /// By index: in registration order, for subscriptions.
+    order: Vec<Place>,
+}
+
+/// What stays of a route in a table. It holds no handler: one that is unrouted must not live on for it.
+#[derive(Debug, Clone)]
+pub(crate) struct Place {
+    pub(crate) route: Route,
+    pub(crate) pattern: Pattern,
 }
 
 /// What is not, or no more, as the bulk has it; `None` for a route that is gone.
@@ -208,8 +219,11 @@ struct Recent {
     routes: HashMap<Route, Option<Arc<RouteEntry>>>,
     spellings: HashMap<Arc<[u8]>, Option<Arc<RouteEntry>>>,
     /// Goes on where the bulk's ends.
-    order: Vec<Arc<RouteEntry>>,
+    order: Vec<Place>,
 }
+
+/// Up to how many routes a bulk is made anew when a handler is taken out of it.
+const SMALL: usize = 64;
 
 /// The index of an entry that has no place yet.
 const NOWHERE: u32 = u32::MAX;
@@ -236,7 +250,7 @@ impl Bulk {
             for spelling in entry.spellings.iter() {
                 bulk.spellings.insert(Arc::clone(spelling), Arc::clone(&entry));
             }
-            bulk.order.push(Arc::clone(&entry));
+            bulk.order.push(entry.place());
             bulk.routes.insert(entry.route.clone(), entry);
         }
         bulk
@@ -261,8 +275,10 @@ impl RouteTable {
             Some(entry) => RouteEntry::clone(entry),
             None => RouteEntry::of(pattern),
         };
+        let mut stale = false;
         for handler in removed {
             let pattern = &handler.info.pattern;
+            stale |= self.bulk.routes.contains_key(pattern.route());
             changed.entry(pattern.route()).or_insert_with(|| current(pattern)).remove(handler);
         }
         for handler in added {
@@ -289,11 +305,13 @@ impl RouteTable {
             entry.index = (self.bulk.order.len() + recent.order.len()) as u32;
             len += usize::from(self.get(route).is_none());
             let entry = Arc::new(entry);
-            recent.order.push(Arc::clone(&entry));
+            recent.order.push(entry.place());
             recent.set(route.clone(), &entry.spellings, Some(Arc::clone(&entry)));
         }
         let layered = Self { bulk: Arc::clone(&self.bulk), recent, len };
-        if layered.recent.size() <= layered.bulk.bears() {
+        // A small bulk is made anew, so that what it alone keeps alive goes at once.
+        let stale = stale && len <= SMALL;
+        if !stale && layered.recent.size() <= layered.bulk.bears() {
             return layered;
         }
         let bulk = Bulk::of(layered.iter().map(|entry| RouteEntry::clone(entry)));
@@ -323,8 +341,8 @@ impl RouteTable {
         Some(&entry?.route)
     }
 
-    /// An entry of this table by its index: its route and its pattern.
-    pub(crate) fn entry_at(&self, index: u32) -> &RouteEntry {
+    /// What an index of this table stands for.
+    pub(crate) fn place_at(&self, index: u32) -> &Place {
         let index = index as usize;
         match index.checked_sub(self.bulk.order.len()) {
             None => &self.bulk.order[index],

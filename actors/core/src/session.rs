@@ -766,7 +766,7 @@ impl<S: Session> Loop<S> {
             let pause = retrial.pause();
             self.env.events.emit(ServiceEvent::Retry {
                 transport: Arc::clone(&self.env.transport.name),
-                route: retrial.parts.entry().route.clone(),
+                route: retrial.parts.place().route.clone(),
                 attempt: retrial.attempts,
                 pause,
             });
