@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What one turn of a session has read for one replica: it gets its slots in one go and travels as one message.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use actix::prelude::SendError;
 
@@ -10,12 +10,13 @@ use crate::in_flight::{Admission, Shared};
 use crate::replica::{Duty, Invoke, InvokeBatch, overloaded};
 use crate::request::{Parts, Scope};
 use crate::responder::{Responder, SlotKey};
-use crate::route::HandlerRef;
+use crate::route::{HandlerRef, Replicas};
 use crate::session::SessionEnv;
 
 /// Requests for one replica that are not yet sent there, and their slots-to-be.
 pub(crate) struct Batch<R> {
-    handler: Option<Arc<HandlerRef>>,
+    /// Where it goes, and the handler of its first request.
+    to: Option<(Arc<Replicas>, Arc<HandlerRef>)>,
     invokes: Vec<Invoke>,
     /// For those whose duty is a slot, in order.
     admissions: Vec<Admission<R>>,
@@ -25,16 +26,23 @@ pub(crate) struct Batch<R> {
 
 impl<R> Default for Batch<R> {
     fn default() -> Self {
-        Self { handler: None, invokes: Vec::new(), admissions: Vec::new(), room: 0 }
+        Self { to: None, invokes: Vec::new(), admissions: Vec::new(), room: 0 }
     }
 }
 
 impl<R> Batch<R> {
     /// Whether a request for this handler can go with it; else it must be sent first, which keeps the order.
     pub(crate) fn fits(&self, handler: &Arc<HandlerRef>) -> bool {
-        self.handler.as_ref().is_some_and(|same| {
-            Arc::ptr_eq(&same.replicas, &handler.replicas) && self.invokes.len() < handler.replicas.batch_size
+        self.to.as_ref().is_some_and(|(replicas, _)| {
+            Weak::as_ptr(&handler.replicas) == Arc::as_ptr(replicas)
+                && self.invokes.len() < replicas.batch_size
         })
+    }
+
+    /// Begins with requests for this handler's replica; false when it is no longer there.
+    pub(crate) fn begin(&mut self, handler: &Arc<HandlerRef>) -> bool {
+        self.to = handler.replicas.upgrade().map(|replicas| (replicas, Arc::clone(handler)));
+        self.to.is_some()
     }
 
     /// Adds a request that gets its slot when the batch is sent.
@@ -53,7 +61,6 @@ impl<R> Batch<R> {
 
     fn add(&mut self, handler: &Arc<HandlerRef>, parts: Parts, duty: Duty) {
         if self.invokes.is_empty() {
-            self.handler = Some(Arc::clone(handler));
             self.invokes.reserve(self.room);
         }
         self.invokes.push(Invoke { endpoint: handler.endpoint, parts, duty });
@@ -61,7 +68,7 @@ impl<R> Batch<R> {
 
     /// Gives its requests their slots, and sends them.
     pub(crate) fn send(&mut self, shared: &Shared<R>, env: &SessionEnv, scope: Option<&Arc<Scope>>) {
-        let Some(handler) = self.handler.take() else { return };
+        let Some((replicas, handler)) = self.to.take() else { return };
         let (Some(server), Some(scope)) = (&env.server, scope) else { return };
         // An idle connection keeps no memory for them.
         let mut invokes = std::mem::take(&mut self.invokes);
@@ -78,14 +85,14 @@ impl<R> Batch<R> {
         }
         let batch = InvokeBatch { scope: Arc::clone(scope), invokes };
         // Whoever is not answered here is answered by the batch being dropped.
-        let Some(replica) = handler.replica(server.arbiter) else { return };
+        let Some(replica) = replicas.on(server.arbiter) else { return };
         match replica.try_send(batch) {
             Ok(()) => {}
             Err(SendError::Full(mut batch)) => {
                 env.events.emit(ServiceEvent::BoundHit {
                     place: Arc::clone(&handler.info.name),
                     bound: "mailbox_capacity",
-                    limit: handler.replicas.mailbox_capacity as u64,
+                    limit: replicas.mailbox_capacity as u64,
                     action: "the requests were answered with an overload error",
                 });
                 for invoke in batch.invokes.drain(..) {

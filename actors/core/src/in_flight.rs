@@ -16,7 +16,7 @@ use crate::packet::{Raw, ResponseBody};
 use crate::pattern::Route;
 use crate::request::MessageKind;
 use crate::responder::{Cancellation, Finished, Gone, ReplySink, SlotKey};
-use crate::retry::Retrial;
+use crate::retry::{Attempt, Retrial};
 use crate::route::RouteTable;
 use crate::session::{Abandoned, SessionControl};
 use crate::settlement::LastResort;
@@ -297,6 +297,26 @@ impl<R: Clone + Send + 'static> ReplySink for Shared<R> {
 }
 
 impl<R: Clone + Send + 'static> Shared<R> {
+    /// Makes a slot ready for another attempt; `None` when there is nothing to try: one whose caller has cancelled
+    /// meanwhile ends here.
+    pub(crate) fn try_again(&self, key: SlotKey) -> Option<Attempt> {
+        let mut inner = self.inner.lock();
+        let slot = inner.slot(key)?;
+        if slot.cancelled {
+            let slot = inner.remove(key)?;
+            self.control.answered.add(1);
+            let settlement = slot.settlement();
+            inner.out.push(Outbound::Settle { delivery: slot.reply_to, settlement });
+            drop(inner);
+            self.control.wake();
+            return None;
+        }
+        let attempt = slot.retrial.as_mut()?.attempt(key);
+        slot.failed = false;
+        slot.remaining = attempt.members.len() as u32;
+        Some(attempt)
+    }
+
     /// No reply can leave any more: tells everyone who works for this session.
     pub(crate) fn close(&self, transport: &TransportInfo, table: &RouteTable, why: &str) -> Vec<Abandoned> {
         let mut inner = self.inner.lock();

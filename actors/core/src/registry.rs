@@ -122,8 +122,11 @@ pub(crate) struct RegistryActor {
     next: u64,
 }
 
+#[derive(Default)]
 struct Registered {
     handlers: Vec<Arc<HandlerRef>>,
+    /// Who runs them, kept alive as long as they are routed.
+    _replicas: Vec<Arc<Replicas>>,
     /// Their place in the tree, kept as long as they are routed.
     _children: Vec<Child>,
 }
@@ -170,15 +173,16 @@ impl Handler<Register> for RegistryActor {
             self.escalate.clone(),
             Arc::clone(&self.global),
         );
-        AtomicResponse::new(Box::pin(build.into_actor(self).map_ok(|(handlers, children), actor, _| {
+        AtomicResponse::new(Box::pin(build.into_actor(self).map_ok(|registered, actor, _| {
             let id = actor.next;
             actor.next += 1;
+            let handlers = &registered.handlers;
             for handler in handlers.iter().filter(|handler| handler.info.kind == HandlerKind::Message) {
                 let route = handler.info.pattern.route().clone();
                 actor.messages.entry(route).or_default().push(Arc::clone(handler));
             }
-            actor.publish(&[], &handlers);
-            actor.groups.insert(id, Registered { handlers, _children: children });
+            actor.publish(&[], handlers);
+            actor.groups.insert(id, registered);
             RegistrationId(id)
         })))
     }
@@ -321,9 +325,8 @@ async fn build_groups(
     child: Child,
     escalate: EscalateFn,
     global: Arc<[Arc<dyn Interceptor>]>,
-) -> Result<(Vec<Arc<HandlerRef>>, Vec<Child>), StartError> {
-    let mut handlers = Vec::new();
-    let mut children = Vec::new();
+) -> Result<Registered, StartError> {
+    let mut registered = Registered::default();
     for group in groups {
         let count = match group.placement {
             Placement::PerArbiter => arbiters.len(),
@@ -344,7 +347,7 @@ async fn build_groups(
                 Arc::from(format!("{}#{arbiter}", group.name))
             };
             let place = child.child(name, "handlers");
-            children.push(place.clone());
+            registered._children.push(place.clone());
             let context = ReplicaContext {
                 arbiter,
                 child: place.clone(),
@@ -377,13 +380,14 @@ async fn build_groups(
             batch_size: group.supervision.batch_size(),
         });
         for (endpoint, (info, _)) in group.handlers.iter().enumerate() {
-            handlers.push(Arc::new(HandlerRef {
+            registered.handlers.push(Arc::new(HandlerRef {
                 info: info.clone(),
-                replicas: Arc::clone(&replicas),
+                replicas: Arc::downgrade(&replicas),
                 endpoint: endpoint as u32,
                 stats: replica_stats.iter().map(|stats| Arc::clone(&stats[endpoint])).collect(),
             }));
         }
+        registered._replicas.push(replicas);
     }
-    Ok((handlers, children))
+    Ok(registered)
 }

@@ -28,7 +28,7 @@ pub(crate) struct Retrial {
     pub(crate) attempts: u32,
     pub(crate) parts: Parts,
     /// Its handlers, in order.
-    pub(crate) handlers: Vec<Arc<HandlerRef>>,
+    handlers: Vec<Arc<HandlerRef>>,
     /// Those that failed in the attempt under way.
     failed: Vec<u32>,
 }
@@ -59,10 +59,19 @@ impl Retrial {
         self.backoff.pause(rand::random())
     }
 
-    /// Takes out who is to try it again.
-    pub(crate) fn take_failed(&mut self) -> Vec<u32> {
-        std::mem::take(&mut self.failed)
+    /// What the attempt that is due consists of.
+    pub(crate) fn attempt(&mut self, slot: SlotKey) -> Attempt {
+        let parts = Parts { slot, ..self.parts.clone() };
+        Attempt { parts, handlers: self.handlers.clone(), members: std::mem::take(&mut self.failed) }
     }
+}
+
+/// One more attempt at a message.
+pub(crate) struct Attempt {
+    pub(crate) parts: Parts,
+    pub(crate) handlers: Vec<Arc<HandlerRef>>,
+    /// Those of the handlers that failed, by their places.
+    pub(crate) members: Vec<u32>,
 }
 
 /// When messages are tried again.

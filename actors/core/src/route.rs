@@ -4,8 +4,8 @@
 
 use std::fmt;
 use std::panic::Location;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use actix::Recipient;
 use hashbrown::HashMap;
@@ -104,16 +104,17 @@ pub(crate) struct Replicas {
 /// A registered handler, as routes refer to it.
 pub(crate) struct HandlerRef {
     pub(crate) info: HandlerInfo,
-    pub(crate) replicas: Arc<Replicas>,
+    /// Kept alive by the registry alone: a table that is still in use keeps no handler that was unrouted.
+    pub(crate) replicas: Weak<Replicas>,
     pub(crate) endpoint: u32,
     /// One per replica.
     pub(crate) stats: Vec<Arc<HandlerStats>>,
 }
 
-impl HandlerRef {
+impl Replicas {
     /// The replica that serves an arbiter.
-    pub(crate) fn replica(&self, arbiter: usize) -> Option<&Recipient<InvokeBatch>> {
-        match self.replicas.recipients.as_slice() {
+    pub(crate) fn on(&self, arbiter: usize) -> Option<&Recipient<InvokeBatch>> {
+        match self.recipients.as_slice() {
             [only] => Some(only),
             many => many.get(arbiter).or_else(|| many.first()),
         }
@@ -188,8 +189,7 @@ impl RouteEntry {
 ///
 /// A changed table shares the bulk of the one before: what has changed since lies over it, and is worked into a new
 /// bulk when it has become too much. So a change costs about the square root of the number of routes, and looking up
-/// is one step more only while something lies over. A handler that is taken out of a bulk of more than 64 routes
-/// lives, unreachable, until the next bulk is made.
+/// is one step more only while something lies over.
 #[derive(Debug, Default)]
 pub struct RouteTable {
     bulk: Arc<Bulk>,
@@ -206,7 +206,7 @@ struct Bulk {
     order: Vec<Place>,
 }
 
-/// What stays of a route in a table. It holds no handler: one that is unrouted must not live on for it.
+/// What an index of a table stands for.
 #[derive(Debug, Clone)]
 pub(crate) struct Place {
     pub(crate) route: Route,
@@ -221,9 +221,6 @@ struct Recent {
     /// Goes on where the bulk's ends.
     order: Vec<Place>,
 }
-
-/// Up to how many routes a bulk is made anew when a handler is taken out of it.
-const SMALL: usize = 64;
 
 /// The index of an entry that has no place yet.
 const NOWHERE: u32 = u32::MAX;
@@ -275,10 +272,8 @@ impl RouteTable {
             Some(entry) => RouteEntry::clone(entry),
             None => RouteEntry::of(pattern),
         };
-        let mut stale = false;
         for handler in removed {
             let pattern = &handler.info.pattern;
-            stale |= self.bulk.routes.contains_key(pattern.route());
             changed.entry(pattern.route()).or_insert_with(|| current(pattern)).remove(handler);
         }
         for handler in added {
@@ -309,9 +304,7 @@ impl RouteTable {
             recent.set(route.clone(), &entry.spellings, Some(Arc::clone(&entry)));
         }
         let layered = Self { bulk: Arc::clone(&self.bulk), recent, len };
-        // A small bulk is made anew, so that what it alone keeps alive goes at once.
-        let stale = stale && len <= SMALL;
-        if !stale && layered.recent.size() <= layered.bulk.bears() {
+        if layered.recent.size() <= layered.bulk.bears() {
             return layered;
         }
         let bulk = Bulk::of(layered.iter().map(|entry| RouteEntry::clone(entry)));

@@ -28,7 +28,7 @@ use crate::pattern::Route;
 use crate::payload::Format;
 use crate::request::{MessageKind, Parts, Scope, ServerScope, TIMEOUT_KEY};
 use crate::responder::{ChainSink, ReplySink, Responder, SlotKey};
-use crate::retry::{Retrial, RetryQueue};
+use crate::retry::{Attempt, Retrial, RetryQueue};
 use crate::route::{Counter, HandlerRef, RouteTable};
 use crate::settlement::{FailurePolicy, Settles};
 use crate::transport::{
@@ -418,7 +418,11 @@ impl<S: Session> Loop<S> {
 
     fn write_finished(&mut self) -> Result<(), SessionError> {
         let mut batch = std::mem::take(&mut self.batch);
-        std::mem::swap(&mut batch, &mut self.shared.inner.lock().out);
+        let mut inner = self.shared.inner.lock();
+        std::mem::swap(&mut batch, &mut inner.out);
+        let failed = std::mem::take(&mut inner.retries);
+        drop(inner);
+        self.plan_retries(failed);
         for item in batch.drain(..) {
             self.write(item)?;
         }
@@ -673,13 +677,22 @@ impl<S: Session> Loop<S> {
         let (Some(entry), Some(scope)) = (entry, &self.scope) else {
             return self.unhandled(kind, delivery);
         };
-        let Delivery { key, data, metadata, id, reply_to, context } = delivery;
         let chain: &[Arc<HandlerRef>] = match (kind, &entry.message, entry.events.as_slice()) {
             (MessageKind::Request, Some(message), _) | (_, Some(message), []) => {
                 std::slice::from_ref(message)
             }
             (_, _, events) => events,
         };
+        if let [only] = chain
+            && !self.turn.fits(only)
+        {
+            self.turn.send(&self.shared, &self.env, Some(scope));
+            if !self.turn.begin(only) {
+                // Unrouted meanwhile.
+                return self.unhandled(kind, delivery);
+            }
+        }
+        let Delivery { key, data, metadata, id, reply_to, context } = delivery;
         let deadline = metadata.as_ref().and_then(deadline_of);
         let parts = Parts {
             scope: Arc::clone(scope),
@@ -715,12 +728,7 @@ impl<S: Session> Loop<S> {
         let admission = Admission { kind, reply_to, id, route, handlers, on_failure, retrial };
         self.env.control.admitted.add(1);
         match chain {
-            [only] => {
-                if !self.turn.fits(only) {
-                    self.turn.send(&self.shared, &self.env, Some(scope));
-                }
-                self.turn.push(only, parts, admission);
-            }
+            [only] => self.turn.push(only, parts, admission),
             chain => {
                 let chain = chain.to_vec();
                 let slot = self.shared.inner.lock().admit(admission);
@@ -750,6 +758,10 @@ impl<S: Session> Loop<S> {
     fn invoke(&mut self, handler: &Arc<HandlerRef>, parts: Parts, responder: Responder) {
         if !self.turn.fits(handler) {
             self.send_invokes();
+            if !self.turn.begin(handler) {
+                // Unrouted meanwhile; the responder says so.
+                return drop(responder);
+            }
         }
         self.turn.push_with(handler, parts, responder);
     }
@@ -758,21 +770,26 @@ impl<S: Session> Loop<S> {
         self.turn.send(&self.shared, &self.env, self.scope.as_ref());
     }
 
-    /// Takes in what failed and is to be tried again, and tries what is due.
-    fn retry(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
-        let mut inner = self.shared.inner.lock();
-        for key in std::mem::take(&mut inner.retries) {
+    /// Plans when what failed is tried again.
+    fn plan_retries(&mut self, failed: Vec<SlotKey>) {
+        for key in failed {
+            let mut inner = self.shared.inner.lock();
             let Some(retrial) = inner.slot(key).and_then(|slot| slot.retrial.as_mut()) else { continue };
             let pause = retrial.pause();
-            self.env.events.emit(ServiceEvent::Retry {
+            let event = ServiceEvent::Retry {
                 transport: Arc::clone(&self.env.transport.name),
                 route: retrial.parts.place().route.clone(),
                 attempt: retrial.attempts,
                 pause,
-            });
+            };
+            drop(inner);
+            self.env.events.emit(event);
             self.retries.push(Instant::now() + pause, key);
         }
-        drop(inner);
+    }
+
+    /// Tries what is due.
+    fn retry(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
         if self.retries.is_empty() {
             return Ok(());
         }
@@ -782,25 +799,12 @@ impl<S: Session> Loop<S> {
             return self.hand_back(waiting);
         }
         while let Poll::Ready(key) = self.retries.poll_due(cx) {
-            let mut inner = self.shared.inner.lock();
-            let Some(slot) = inner.slot(key) else { continue };
-            let Some(retrial) = &mut slot.retrial else { continue };
-            let failed = retrial.take_failed();
-            let parts = Parts { slot: key, ..retrial.parts.clone() };
-            let handlers = retrial.handlers.clone();
-            slot.failed = false;
-            slot.remaining = failed.len() as u32;
-            drop(inner);
-            match (parts.kind, handlers.as_slice()) {
-                // The chain answers as one.
-                (MessageKind::Request, _) | (_, [_]) => {
-                    if let Some(slot) = self.shared.inner.lock().slot(key) {
-                        slot.remaining = 1;
-                    }
-                    self.invoke_all(&handlers, key, parts);
-                }
-                (MessageKind::Event, handlers) => {
-                    for member in failed {
+            let Some(Attempt { parts, handlers, members }) = self.shared.try_again(key) else { continue };
+            match parts.kind {
+                // Several event handlers that are asked answer as one.
+                MessageKind::Request => self.invoke_all(&handlers, key, parts),
+                MessageKind::Event => {
+                    for member in members {
                         let Some(handler) = handlers.get(member as usize) else { continue };
                         let responder =
                             Responder::new(Arc::clone(&self.sink), key, self.env.transport.format);
