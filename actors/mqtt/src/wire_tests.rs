@@ -3,6 +3,7 @@
 
 use martlet_core::codec::{JsonCodec, MessagePackCodec};
 use martlet_core::{Headers, Pattern};
+use martlet_testkit::vectors::{Vectors, parsed, raw};
 use serde_json::Value;
 
 use super::*;
@@ -14,26 +15,8 @@ const NEST_12: [&str; 3] = [
     include_str!("../tests/vectors/nest12-mqtt5-request-metadata.json"),
 ];
 
-/// Reads JSON as packets are read: NestJS may send halves of surrogate pairs.
-fn parsed(text: &str) -> Value {
-    Payload::new(Format::Json, Bytes::copy_from_slice(text.as_bytes())).to_value().unwrap()
-}
-
-/// Every message that NestJS put on the wire, in one direction.
-fn captured(direction: &str) -> Vec<Value> {
-    let nest_11 = parsed(NEST_11)["vectors"].as_array().unwrap().clone();
-    let all = nest_11.into_iter().chain(NEST_12.map(parsed));
-    all.filter(|vector| vector["direction"] == direction).collect()
-}
-
-/// Hand-made messages against real NestJS peers.
-fn tried(direction: &str) -> Vec<Value> {
-    let all = parsed(NEST_11)["raw"].as_array().unwrap().clone();
-    all.into_iter().filter(|vector| vector["direction"] == direction).collect()
-}
-
-fn raw(vector: &Value) -> Bytes {
-    Bytes::from(vector["raw"].as_str().unwrap().to_owned())
+fn vectors() -> Vectors {
+    Vectors::new(NEST_11, &NEST_12)
 }
 
 fn text(bytes: &[u8]) -> &str {
@@ -43,7 +26,7 @@ fn text(bytes: &[u8]) -> &str {
 /// MQTT-1: topics and payloads.
 #[test]
 fn requests_and_events_of_nestjs_are_read_and_written_byte_for_byte() {
-    let vectors = captured("client->server");
+    let vectors = vectors().captured("client->server");
     assert!(vectors.len() > 110, "{}", vectors.len());
     for vector in vectors {
         let (name, body) = (&vector["name"], raw(&vector));
@@ -75,7 +58,7 @@ fn requests_and_events_of_nestjs_are_read_and_written_byte_for_byte() {
 /// MQTT-2.
 #[test]
 fn replies_of_nestjs_are_read_and_written_byte_for_byte() {
-    let vectors = captured("server->client");
+    let vectors = vectors().captured("server->client");
     assert!(vectors.len() > 100, "{}", vectors.len());
     for vector in vectors {
         let (name, body) = (&vector["name"], raw(&vector));
@@ -105,7 +88,7 @@ fn replies_of_nestjs_are_read_and_written_byte_for_byte() {
 /// MQTT-5.
 #[test]
 fn foreign_messages_are_what_they_are_to_a_nestjs_server() {
-    let vectors = tried("raw->nest-server");
+    let vectors = vectors().tried("raw", "raw->nest-server");
     assert_eq!(vectors.len(), 8);
     for vector in vectors {
         let name = vector["name"].as_str().unwrap();

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use martlet_core::codec::JsonCodec;
+use martlet_testkit::vectors::{Vectors, parsed, raw};
 
 use super::*;
 use martlet_core::Pattern;
@@ -15,29 +16,8 @@ const NEST_12: [&str; 4] = [
     include_str!("../tests/vectors/nest12-nats-request-metadata.json"),
 ];
 
-/// Reads JSON as packets are read: NestJS may send halves of surrogate pairs.
-fn parsed(text: &str) -> Value {
-    Payload::new(Format::Json, Bytes::copy_from_slice(text.as_bytes())).to_value().unwrap()
-}
-
-/// Every message that NestJS put on the wire, in one direction.
-fn captured(direction: &str) -> Vec<Value> {
-    let nest_11 = parsed(NEST_11);
-    let nest_11 = nest_11["vectors"].as_array().unwrap().clone();
-    let nest_12 = NEST_12.map(parsed);
-    let all: Vec<Value> = nest_11.into_iter().chain(nest_12).collect();
-    all.into_iter().filter(|vector| vector["direction"] == direction).collect()
-}
-
-/// Hand-made messages against real NestJS peers.
-fn tried(direction: &str) -> Vec<Value> {
-    let nest_11 = parsed(NEST_11);
-    let all = nest_11["raw"].as_array().unwrap().clone();
-    all.into_iter().filter(|vector| vector["direction"] == direction).collect()
-}
-
-fn raw(vector: &Value) -> Bytes {
-    Bytes::from(vector["raw"].as_str().unwrap().to_owned())
+fn vectors() -> Vectors {
+    Vectors::new(NEST_11, &NEST_12)
 }
 
 fn text(bytes: &[u8]) -> &str {
@@ -46,7 +26,7 @@ fn text(bytes: &[u8]) -> &str {
 
 #[test]
 fn requests_and_events_of_nestjs_are_read_and_written_byte_for_byte() {
-    let vectors = captured("client->server");
+    let vectors = vectors().captured("client->server");
     assert!(vectors.len() > 110, "{}", vectors.len());
     for vector in vectors {
         let (name, body) = (&vector["name"], raw(&vector));
@@ -80,7 +60,7 @@ fn requests_and_events_of_nestjs_are_read_and_written_byte_for_byte() {
 
 #[test]
 fn replies_of_nestjs_are_read_and_written_byte_for_byte() {
-    let vectors = captured("server->client");
+    let vectors = vectors().captured("server->client");
     assert!(vectors.len() > 100, "{}", vectors.len());
     for vector in vectors {
         let (name, body) = (&vector["name"], raw(&vector));
@@ -110,7 +90,7 @@ fn replies_of_nestjs_are_read_and_written_byte_for_byte() {
 
 #[test]
 fn foreign_messages_are_what_they_are_to_a_nestjs_server() {
-    let vectors = tried("raw->nest-server");
+    let vectors = vectors().tried("raw", "raw->nest-server");
     assert_eq!(vectors.len(), 11);
     for vector in vectors {
         let name = vector["name"].as_str().unwrap();
@@ -134,7 +114,7 @@ fn foreign_messages_are_what_they_are_to_a_nestjs_server() {
 
 #[test]
 fn foreign_replies_are_what_they_are_to_a_nestjs_client() {
-    let vectors = tried("raw->nest-client");
+    let vectors = vectors().tried("raw", "raw->nest-client");
     assert_eq!(vectors.len(), 10);
     let id = "0123456789abcdef01234";
     for vector in vectors {

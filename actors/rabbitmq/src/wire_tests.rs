@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use martlet_core::codec::JsonCodec;
+use martlet_testkit::vectors::{Vectors, parsed, raw};
 
 use super::*;
 use martlet_core::Pattern;
@@ -13,26 +14,8 @@ const NEST_12: [&str; 2] = [
 ];
 const LIMITS: Limits = Limits { header_bytes: 1000, body_bytes: 1 << 20 };
 
-/// Reads JSON as packets are read: NestJS may send halves of surrogate pairs.
-fn parsed(text: &str) -> Value {
-    Payload::new(Format::Json, Bytes::copy_from_slice(text.as_bytes())).to_value().unwrap()
-}
-
-/// Every message that NestJS put on the wire, in one direction.
-fn captured(direction: &str) -> Vec<Value> {
-    let nest_11 = parsed(NEST_11)["vectors"].as_array().unwrap().clone();
-    let all: Vec<Value> = nest_11.into_iter().chain(NEST_12.map(parsed)).collect();
-    all.into_iter().filter(|vector| vector["direction"] == direction).collect()
-}
-
-/// Hand-made messages against real NestJS peers.
-fn tried(direction: &str) -> Vec<Value> {
-    let all = parsed(NEST_11)["setup_and_raw"].as_array().unwrap().clone();
-    all.into_iter().filter(|vector| vector["direction"] == direction).collect()
-}
-
-fn raw(vector: &Value) -> Bytes {
-    Bytes::from(vector["raw"].as_str().unwrap().to_owned())
+fn vectors() -> Vectors {
+    Vectors::new(NEST_11, &NEST_12)
 }
 
 fn text(bytes: &[u8]) -> &str {
@@ -41,7 +24,7 @@ fn text(bytes: &[u8]) -> &str {
 
 #[test]
 fn requests_and_events_of_nestjs_are_read_and_written_byte_for_byte() {
-    let vectors = captured("client->server");
+    let vectors = vectors().captured("client->server");
     assert!(vectors.len() > 120, "{}", vectors.len());
     for vector in vectors {
         let (name, body) = (&vector["name"], raw(&vector));
@@ -75,7 +58,7 @@ fn requests_and_events_of_nestjs_are_read_and_written_byte_for_byte() {
 
 #[test]
 fn replies_of_nestjs_are_read_and_written_byte_for_byte() {
-    let vectors = captured("server->client");
+    let vectors = vectors().captured("server->client");
     assert!(vectors.len() > 100, "{}", vectors.len());
     let mut without_handler = 0;
     for vector in vectors {
@@ -110,7 +93,7 @@ fn replies_of_nestjs_are_read_and_written_byte_for_byte() {
 
 #[test]
 fn foreign_messages_are_what_they_are_to_a_nestjs_server() {
-    let vectors = tried("raw->nest-server");
+    let vectors = vectors().tried("setup_and_raw", "raw->nest-server");
     assert_eq!(vectors.len(), 14);
     for vector in vectors {
         let name = vector["name"].as_str().unwrap();
@@ -132,7 +115,7 @@ fn foreign_messages_are_what_they_are_to_a_nestjs_server() {
 
 #[test]
 fn foreign_replies_are_what_they_are_to_a_nestjs_client() {
-    let vectors = tried("raw->nest-client");
+    let vectors = vectors().tried("setup_and_raw", "raw->nest-client");
     assert_eq!(vectors.len(), 9);
     let id = "0123456789abcdef01234";
     for vector in vectors {
@@ -186,7 +169,7 @@ fn shown(properties: &BasicProperties) -> Value {
 
 #[test]
 fn a_full_record_has_the_properties_that_nestjs_sends() {
-    let vectors = captured("client->server");
+    let vectors = vectors().captured("client->server");
     let vector = vectors.iter().find(|vector| vector["name"] == "record_builder_full/1").unwrap();
     let mut expected = vector["properties"].clone();
     expected.as_object_mut().unwrap().remove("correlationId");
@@ -261,7 +244,8 @@ fn json_becomes_amqp_and_back() {
 
 #[test]
 fn every_reply_address_that_was_captured_is_sound() {
-    let direct: Vec<String> = captured("server->client")
+    let direct: Vec<String> = vectors()
+        .captured("server->client")
         .iter()
         .map(|vector| vector["routing_key"].as_str().unwrap().to_owned())
         .filter(|key| key.starts_with(DIRECT_REPLY_TO))

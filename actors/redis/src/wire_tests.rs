@@ -3,6 +3,7 @@
 
 use martlet_core::Pattern;
 use martlet_core::codec::{JsonCodec, MessagePackCodec};
+use martlet_testkit::vectors::{Vectors, parsed, raw};
 use serde_json::Value;
 
 use super::*;
@@ -16,26 +17,8 @@ const NEST_12: [&str; 4] = [
 ];
 const LIMIT: usize = 1 << 20;
 
-/// Reads JSON as packets are read: NestJS may send halves of surrogate pairs.
-fn parsed(text: &str) -> Value {
-    Payload::new(Format::Json, Bytes::copy_from_slice(text.as_bytes())).to_value().unwrap()
-}
-
-/// Every message that NestJS put on the wire, in one direction.
-fn captured(direction: &str) -> Vec<Value> {
-    let nest_11 = parsed(NEST_11)["vectors"].as_array().unwrap().clone();
-    let all: Vec<Value> = nest_11.into_iter().chain(NEST_12.map(parsed)).collect();
-    all.into_iter().filter(|vector| vector["direction"] == direction).collect()
-}
-
-/// Hand-made messages against real NestJS peers.
-fn tried(direction: &str) -> Vec<Value> {
-    let all = parsed(NEST_11)["special"].as_array().unwrap().clone();
-    all.into_iter().filter(|vector| vector["direction"] == direction).collect()
-}
-
-fn raw(vector: &Value) -> Bytes {
-    Bytes::from(vector["raw"].as_str().unwrap().to_owned())
+fn vectors() -> Vectors {
+    Vectors::new(NEST_11, &NEST_12)
 }
 
 fn text(bytes: &[u8]) -> &str {
@@ -44,7 +27,7 @@ fn text(bytes: &[u8]) -> &str {
 
 #[test]
 fn requests_and_events_of_nestjs_are_read_and_written_byte_for_byte() {
-    let vectors = captured("client->server");
+    let vectors = vectors().captured("client->server");
     assert!(vectors.len() > 100, "{}", vectors.len());
     for vector in vectors {
         let (name, body) = (&vector["name"], raw(&vector));
@@ -76,7 +59,7 @@ fn requests_and_events_of_nestjs_are_read_and_written_byte_for_byte() {
 
 #[test]
 fn replies_of_nestjs_are_read_and_written_byte_for_byte() {
-    let vectors = captured("server->client");
+    let vectors = vectors().captured("server->client");
     assert!(vectors.len() > 100, "{}", vectors.len());
     for vector in vectors {
         let (name, body) = (&vector["name"], raw(&vector));
@@ -124,7 +107,7 @@ fn replies_go_where_nestjs_sends_them() {
 
 #[test]
 fn foreign_messages_are_what_they_are_to_a_nestjs_server() {
-    let vectors = tried("raw->nest-server");
+    let vectors = vectors().tried("special", "raw->nest-server");
     assert!(vectors.len() > 10, "{}", vectors.len());
     for vector in vectors {
         let name = vector["name"].as_str().unwrap();

@@ -10,6 +10,8 @@
 //! | [`probe`] | an actor that records what it receives |
 //! | [`relay`] | a TCP relay that is cut and closed as told |
 //! | [`storm`] | many calls of every kind, and what must hold of their outcomes |
+//! | [`world`] | a service with a few handlers, what it reports |
+//! | [`vectors`] | packets that were captured from real NestJS |
 //! | [`broker`] | a real broker process on a free port: restarted, frozen, killed when dropped |
 //!
 //! Not here: mocks of the runtime. Everything is a real implementation of the public contract.
@@ -24,3 +26,5 @@ pub mod nest;
 pub mod probe;
 pub mod relay;
 pub mod storm;
+pub mod vectors;
+pub mod world;

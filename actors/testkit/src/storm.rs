@@ -14,11 +14,15 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
+use futures::future::join_all;
 use futures::stream::{self, FuturesUnordered};
 use martlet_core::{
-    CallError, ClientProxy, Data, HandlerGroup, Pattern, RpcError, Streaming, event, message,
+    CallError, ClientProxy, Data, HandlerGroup, Microservice, Pattern, RpcError, RunningService, Server,
+    Streaming, event, message,
 };
 use parking_lot::Mutex;
+
+use crate::world::GRACE;
 
 /// The outcomes of a storm by kind: `value`, `sent` (an event), or that of the error.
 pub type Outcomes = BTreeMap<&'static str, u64>;
@@ -270,5 +274,65 @@ pub async fn every_route_answers(client: &ClientProxy) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         assert!(last.is_none(), "storm.{kind} is not answered: {last:?}");
+    }
+}
+
+/// A service is stopped, five times anew, while 128 callers call it without a pause over four clients: what it handled
+/// reaches its callers, and what reached them it handled. `gone` says which outcome tells a caller that there is no
+/// service any more.
+///
+/// # Panics
+///
+/// When a reply is lost, a call ends otherwise, or a client has something left.
+pub async fn stop_under_load(
+    server: impl Fn() -> Server,
+    client: impl Fn(&RunningService) -> ClientProxy,
+    gone: impl Fn(&CallError) -> bool,
+) {
+    for round in 0..5u64 {
+        let handled = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&handled);
+        let work = message("work", move |Data(number): Data<u64>| {
+            let count = Arc::clone(&count);
+            async move {
+                if number % 8 == 0 {
+                    tokio::time::sleep(Duration::from_millis(number % 40)).await;
+                }
+                count.fetch_add(1, Ordering::Relaxed);
+                Ok::<_, RpcError>(number)
+            }
+        });
+        let service = Microservice::new().arbiters(2).handlers(work).server(server()).start().await.unwrap();
+        let clients: Vec<_> = (0..4).map(|_| client(&service)).collect();
+        join_all(clients.iter().map(ClientProxy::connect)).await.into_iter().for_each(Result::unwrap);
+        let callers = join_all((0..128).map(|caller: u64| {
+            let (client, gone) = (clients[caller as usize % clients.len()].clone(), &gone);
+            async move {
+                let mut served = 0u64;
+                for number in 0.. {
+                    let sent = number * 128 + caller;
+                    match client.send::<u64>("work", sent).await {
+                        Ok(back) => assert_eq!(back, sent),
+                        Err(error) if gone(&error) => return served,
+                        Err(error) => panic!("{error}"),
+                    }
+                    served += 1;
+                }
+                served
+            }
+        }));
+        let stopping = async {
+            tokio::time::sleep(Duration::from_millis(100 + 13 * round)).await;
+            service.stop(GRACE).await
+        };
+        let (served, report) = futures::join!(callers, stopping);
+        let served: u64 = served.into_iter().sum();
+        assert!(report.clean, "{report:?}");
+        assert!(served > 100, "{served}");
+        assert_eq!((served, report.done()), (handled.load(Ordering::Relaxed), served));
+        for client in clients {
+            assert_eq!((client.pending(), client.occupied()), (0, 0));
+            client.close().await;
+        }
     }
 }

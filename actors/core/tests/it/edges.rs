@@ -335,3 +335,37 @@ fn a_failing_remote_error_passes_through_a_handler_as_it_came() {
         inner.stop(ms(100)).await;
     });
 }
+
+/// Old tables are in use for as long as nobody calls; what they lead to is not kept for that.
+#[test]
+fn an_unrouted_handler_goes_at_once_however_many_routes_there_are() {
+    real(async {
+        for others in [1, 500] {
+            let network = MemoryNetwork::new();
+            let state = Arc::new(());
+            let held = Arc::downgrade(&state);
+            let keep = (0..others).map(|number| message(format!("keep.{number}"), || async { ok(()) }));
+            let service = Microservice::new()
+                .on_current_arbiter()
+                .server(MemoryServer::new(&network))
+                .start()
+                .await
+                .unwrap();
+            service.registry().register(keep.collect()).await.unwrap();
+            let group = message("gone", move || {
+                let state = Arc::clone(&state);
+                async move { ok(Arc::strong_count(&state) > 0) }
+            });
+            let id = service.registry().register(vec![group]).await.unwrap();
+            // A connection that has seen the route and stays, with the table that it knows.
+            let client = MemoryClient::new(&network);
+            assert!(client.send::<bool>("gone", ()).await.unwrap());
+            assert!(held.upgrade().is_some());
+            assert!(service.registry().unregister(id).await.unwrap());
+            eventually("its state is dropped", || held.upgrade().is_none()).await;
+            assert!(matches!(client.send::<bool>("gone", ()).await, Err(CallError::NoHandler { .. })));
+            client.close().await;
+            service.stop(ms(100)).await;
+        }
+    });
+}

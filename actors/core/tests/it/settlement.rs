@@ -155,6 +155,23 @@ fn of_a_retried_request_only_the_last_attempt_is_answered() {
 }
 
 #[test]
+fn a_caller_that_cancels_meanwhile_is_not_worked_for_again() {
+    real(async {
+        let network = settling();
+        let policy = FailurePolicy::retry(3).every(ms(100));
+        let (service, begun, retries) = failing(&network, usize::MAX, Some(policy)).await;
+        let client = MemoryClient::new(&network);
+        let call = actix_rt::spawn(client.send::<u64>("ask", 1).into_future());
+        eventually("it waits for its retry", || retries.load(Ordering::SeqCst) == 1).await;
+        call.abort();
+        eventually("it is settled", || network.settlements().dead_lettered == 1).await;
+        assert_eq!((begun.load(Ordering::SeqCst), network.unsettled()), (1, 0));
+        eventually("its slot is free", || client.occupied() == 0).await;
+        end(client, service).await;
+    });
+}
+
+#[test]
 fn a_stream_that_has_begun_is_not_begun_again() {
     real(async {
         let network = settling();

@@ -5,15 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use futures::future::join_all;
 use martlet_core::codec::MessagePackCodec;
-use martlet_core::{
-    CallError, ClientProxy, ConnectionStatus, Data, Microservice, RpcError, RunningService, message,
-};
+use martlet_core::{CallError, ClientProxy, ConnectionStatus, Microservice, RunningService};
 use martlet_nats::{NatsClient, NatsClientOptions, NatsServer, NatsServerOptions};
 use martlet_testkit::broker as testkit;
 use martlet_testkit::relay::Relay;
-use martlet_testkit::storm::{Outcomes, Storm, every_route_answers};
+use martlet_testkit::storm::{Outcomes, Storm, every_route_answers, stop_under_load};
 
 use crate::broker::Broker;
 use crate::world::{GRACE, client_options, server_options, until};
@@ -180,56 +177,10 @@ async fn calls_survive_a_broker_that_freezes_in_the_middle_of_traffic() {
 #[actix::test]
 async fn what_a_stopping_service_handled_reaches_its_callers() {
     let broker = Broker::start();
-    for round in 0..5u64 {
-        let handled = Arc::new(AtomicU64::new(0));
-        let count = Arc::clone(&handled);
-        let work = message("work", move |Data(number): Data<u64>| {
-            let count = Arc::clone(&count);
-            async move {
-                if number % 8 == 0 {
-                    tokio::time::sleep(Duration::from_millis(number % 40)).await;
-                }
-                count.fetch_add(1, Ordering::Relaxed);
-                Ok::<_, RpcError>(number)
-            }
-        });
-        let service = Microservice::new()
-            .arbiters(2)
-            .handlers(work)
-            .server(NatsServer::new(server_options(&broker)))
-            .start()
-            .await
-            .unwrap();
-        let clients: Vec<_> = (0..4).map(|_| NatsClient::new(client_options(&broker))).collect();
-        join_all(clients.iter().map(|client| client.connect())).await.into_iter().for_each(Result::unwrap);
-        let callers = join_all((0..128).map(|caller: u64| {
-            let client = clients[caller as usize % clients.len()].clone();
-            async move {
-                let mut served = 0u64;
-                for number in 0.. {
-                    let sent = number * 128 + caller;
-                    match client.send::<u64>("work", sent).await {
-                        Ok(back) => assert_eq!(back, sent),
-                        Err(CallError::NoHandler { .. }) => return served,
-                        Err(error) => panic!("{error}"),
-                    }
-                    served += 1;
-                }
-                served
-            }
-        }));
-        let stopping = async {
-            tokio::time::sleep(Duration::from_millis(100 + 13 * round)).await;
-            service.stop(GRACE).await
-        };
-        let (served, report) = futures::join!(callers, stopping);
-        let served: u64 = served.into_iter().sum();
-        assert!(report.clean, "{report:?}");
-        assert!(served > 100, "{served}");
-        assert_eq!((served, report.done()), (handled.load(Ordering::Relaxed), served));
-        for client in clients {
-            assert_eq!((client.pending(), client.occupied()), (0, 0));
-            client.close().await;
-        }
-    }
+    stop_under_load(
+        || NatsServer::new(server_options(&broker)),
+        |_| NatsClient::new(client_options(&broker)),
+        |error| matches!(error, CallError::NoHandler { .. }),
+    )
+    .await;
 }

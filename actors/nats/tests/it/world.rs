@@ -2,33 +2,13 @@
 //! A service and a client on a broker, and what the service reports.
 
 use std::net::TcpListener;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use martlet_core::{
-    CallError, ClientProxy, Data, HandlerGroup, Microservice, RpcError, RunningService, ServiceEvent,
-    SessionErrorKind, StartError, Streaming, message,
-};
+use martlet_core::{CallError, ClientProxy, Microservice, SessionErrorKind, StartError};
 use martlet_nats::{NatsClient, NatsClientOptions, NatsServer, NatsServerOptions};
-use parking_lot::Mutex;
+pub(crate) use martlet_testkit::world::{GRACE, failing, serve, slow, streaming, sum, sum_object, until};
 
 use crate::broker::Broker;
-
-pub(crate) const GRACE: Duration = Duration::from_secs(5);
-
-/// What a service has reported so far.
-#[derive(Clone, Default)]
-pub(crate) struct Reports(Arc<Mutex<Vec<ServiceEvent>>>);
-
-impl Reports {
-    pub(crate) fn contain(&self, text: &str) -> bool {
-        self.0.lock().iter().any(|event| event.to_string().contains(text))
-    }
-
-    pub(crate) fn all(&self) -> Vec<String> {
-        self.0.lock().iter().map(ToString::to_string).collect()
-    }
-}
 
 pub(crate) fn server_options(broker: &Broker) -> NatsServerOptions {
     NatsServerOptions::new()
@@ -49,54 +29,6 @@ pub(crate) fn client_options(broker: &Broker) -> NatsClientOptions {
 
 pub(crate) fn client(broker: &Broker) -> ClientProxy {
     NatsClient::new(client_options(broker))
-}
-
-pub(crate) async fn serve(
-    options: NatsServerOptions,
-    groups: impl IntoIterator<Item = HandlerGroup>,
-) -> (RunningService, Reports) {
-    let reports = Reports::default();
-    let sink = reports.clone();
-    let mut service = Microservice::new()
-        .on_current_arbiter()
-        .on(move |event| sink.0.lock().push(event.clone()))
-        .server(NatsServer::new(options));
-    for group in groups {
-        service = service.handlers(group);
-    }
-    (service.start().await.unwrap(), reports)
-}
-
-pub(crate) fn sum() -> HandlerGroup {
-    message("sum", async |Data(numbers): Data<Vec<i64>>| Ok::<_, RpcError>(numbers.iter().sum::<i64>()))
-}
-
-pub(crate) fn sum_object() -> HandlerGroup {
-    message(martlet_core::Pattern::parse(r#"{"cmd":"sum"}"#), async |Data(numbers): Data<Vec<i64>>| {
-        Ok::<_, RpcError>(numbers.iter().sum::<i64>())
-    })
-}
-
-pub(crate) fn slow() -> HandlerGroup {
-    message("slow", async |Data(millis): Data<u64>| {
-        tokio::time::sleep(Duration::from_millis(millis)).await;
-        Ok::<_, RpcError>(millis)
-    })
-}
-
-pub(crate) fn streaming() -> HandlerGroup {
-    message("stream", async |Data(items): Data<Vec<i64>>| {
-        Ok::<_, RpcError>(Streaming(futures::stream::iter(items)))
-    })
-}
-
-pub(crate) fn failing() -> HandlerGroup {
-    message("fail", async |Data(kind): Data<String>| match kind.as_str() {
-        "message" => Err::<i64, _>(RpcError::message("boom")),
-        "object" => Err(RpcError::json(serde_json::json!({"code": 42, "message": "m"}))),
-        "unexpected" => Err(RpcError::unexpected("a secret")),
-        _ => panic!("asked for"),
-    })
 }
 
 /// Why a service with these options does not start.
@@ -123,13 +55,4 @@ pub(crate) async fn call_error(options: NatsClientOptions) -> (SessionErrorKind,
 pub(crate) fn nobody_listens() -> String {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     format!("nats://127.0.0.1:{port}")
-}
-
-/// Waits until something holds; fails after ten seconds.
-pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let begin = Instant::now();
-    while !holds() {
-        assert!(begin.elapsed() < Duration::from_secs(10), "waited in vain until {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }

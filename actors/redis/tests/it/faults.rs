@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use futures::future::join_all;
-use martlet_core::{CallError, ConnectionStatus, Data, Microservice, RpcError, ServerHandle, event, message};
+use martlet_core::{CallError, ConnectionStatus, Data, Microservice, RpcError, ServerHandle, event};
 use martlet_redis::{RedisClient, RedisServer, RedisUnwrapped};
 use martlet_testkit::relay::Relay;
+use martlet_testkit::storm::stop_under_load;
 use parking_lot::Mutex;
 
 use crate::world::{GRACE, Peer, broker, client, client_options, serve, server_options, slow, sum, until};
@@ -315,58 +316,12 @@ async fn waiting_messages_are_bounded_in_bytes_too() {
 #[actix::test]
 async fn what_was_received_before_a_stop_is_answered() {
     let broker = broker();
-    for round in 0..5u64 {
-        let handled = Arc::new(AtomicU64::new(0));
-        let count = Arc::clone(&handled);
-        let work = message("work", move |Data(number): Data<u64>| {
-            let count = Arc::clone(&count);
-            async move {
-                if number % 8 == 0 {
-                    tokio::time::sleep(Duration::from_millis(number % 40)).await;
-                }
-                count.fetch_add(1, Ordering::Relaxed);
-                Ok::<_, RpcError>(number)
-            }
-        });
-        let service = Microservice::new()
-            .arbiters(2)
-            .handlers(work)
-            .server(RedisServer::new(server_options(&broker)))
-            .start()
-            .await
-            .unwrap();
-        let clients: Vec<_> = (0..4).map(|_| client(&broker)).collect();
-        join_all(clients.iter().map(|client| client.connect())).await.into_iter().for_each(Result::unwrap);
-        let callers = join_all((0..128).map(|caller: u64| {
-            let client = clients[caller as usize % clients.len()].clone();
-            async move {
-                let mut served = 0u64;
-                for number in 0.. {
-                    let sent = number * 128 + caller;
-                    match client.send::<u64>("work", sent).await {
-                        Ok(back) => assert_eq!(back, sent),
-                        Err(CallError::NoHandler { .. }) => return served,
-                        Err(error) => panic!("{error}"),
-                    }
-                    served += 1;
-                }
-                served
-            }
-        }));
-        let stopping = async {
-            tokio::time::sleep(Duration::from_millis(100 + 13 * round)).await;
-            service.stop(GRACE).await
-        };
-        let (served, report) = futures::join!(callers, stopping);
-        let served: u64 = served.into_iter().sum();
-        assert!(report.clean, "{report:?}");
-        assert!(served > 100, "{served}");
-        assert_eq!((served, report.done()), (handled.load(Ordering::Relaxed), served));
-        for client in clients {
-            assert_eq!((client.pending(), client.occupied()), (0, 0));
-            client.close().await;
-        }
-    }
+    stop_under_load(
+        || RedisServer::new(server_options(&broker)),
+        |_| client(&broker),
+        |error| matches!(error, CallError::NoHandler { .. }),
+    )
+    .await;
 }
 
 #[actix::test]

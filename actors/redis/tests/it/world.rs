@@ -1,36 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A service and a client on a broker, what the service reports, and a peer that speaks plain Redis.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::StreamExt;
-use martlet_core::{
-    ClientProxy, Data, HandlerGroup, Microservice, RpcError, RunningService, ServiceEvent, Streaming, message,
-};
-use martlet_redis::{RedisClient, RedisClientOptions, RedisServer, RedisServerOptions};
+use martlet_core::ClientProxy;
+use martlet_redis::{RedisClient, RedisClientOptions, RedisServerOptions};
 use martlet_testkit::broker::{Broker, BrokerCommand};
-use parking_lot::Mutex;
+pub(crate) use martlet_testkit::world::{GRACE, serve_apart as serve, slow, streaming, sum, until};
 use redis::aio::{MultiplexedConnection, PubSub};
-
-pub(crate) const GRACE: Duration = Duration::from_secs(5);
 
 pub(crate) fn broker() -> Broker {
     Broker::start(BrokerCommand::redis()).unwrap()
-}
-
-/// What a service has reported so far.
-#[derive(Clone, Default)]
-pub(crate) struct Reports(Arc<Mutex<Vec<ServiceEvent>>>);
-
-impl Reports {
-    pub(crate) fn contain(&self, text: &str) -> bool {
-        self.0.lock().iter().any(|event| event.to_string().contains(text))
-    }
-
-    pub(crate) fn all(&self) -> Vec<String> {
-        self.0.lock().iter().map(ToString::to_string).collect()
-    }
 }
 
 pub(crate) fn server_options(broker: &Broker) -> RedisServerOptions {
@@ -47,48 +28,6 @@ pub(crate) fn client_options(broker: &Broker) -> RedisClientOptions {
 
 pub(crate) fn client(broker: &Broker) -> ClientProxy {
     RedisClient::new(client_options(broker))
-}
-
-pub(crate) async fn serve(
-    options: RedisServerOptions,
-    groups: impl IntoIterator<Item = HandlerGroup>,
-) -> (RunningService, Reports) {
-    let reports = Reports::default();
-    let sink = reports.clone();
-    let mut service = Microservice::new()
-        .arbiters(1)
-        .on(move |event| sink.0.lock().push(event.clone()))
-        .server(RedisServer::new(options));
-    for group in groups {
-        service = service.handlers(group);
-    }
-    (service.start().await.unwrap(), reports)
-}
-
-pub(crate) fn sum() -> HandlerGroup {
-    message("sum", async |Data(numbers): Data<Vec<i64>>| Ok::<_, RpcError>(numbers.iter().sum::<i64>()))
-}
-
-pub(crate) fn slow() -> HandlerGroup {
-    message("slow", async |Data(millis): Data<u64>| {
-        tokio::time::sleep(Duration::from_millis(millis)).await;
-        Ok::<_, RpcError>(millis)
-    })
-}
-
-pub(crate) fn streaming() -> HandlerGroup {
-    message("stream", async |Data(items): Data<Vec<i64>>| {
-        Ok::<_, RpcError>(Streaming(futures::stream::iter(items)))
-    })
-}
-
-/// Waits until something holds; fails after ten seconds.
-pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let begin = Instant::now();
-    while !holds() {
-        assert!(begin.elapsed() < Duration::from_secs(10), "waited in vain until {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }
 
 /// A peer that speaks plain Redis.

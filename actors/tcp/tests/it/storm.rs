@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use futures::future::join_all;
 use futures::stream;
 use martlet_core::codec::MessagePackCodec;
 use martlet_core::{CallError, ClientProxy, Data, Microservice, RpcError, RunningService, message};
@@ -17,7 +16,7 @@ use martlet_tcp::{
 };
 use martlet_testkit::conformance::quiet_deliberate_panics;
 use martlet_testkit::relay::Relay;
-use martlet_testkit::storm::{Storm, every_route_answers};
+use martlet_testkit::storm::{Storm, every_route_answers, stop_under_load};
 use serde_json::Value;
 
 const GRACE: Duration = Duration::from_secs(5);
@@ -202,57 +201,11 @@ async fn twenty_thousand_panics_are_each_answered() {
 
 #[actix::test]
 async fn what_a_stopping_service_handled_reaches_its_callers() {
-    for round in 0..5u64 {
-        let handled = Arc::new(AtomicU64::new(0));
-        let count = Arc::clone(&handled);
-        let work = message("work", move |Data(number): Data<u64>| {
-            let count = Arc::clone(&count);
-            async move {
-                if number % 8 == 0 {
-                    tokio::time::sleep(Duration::from_millis(number % 40)).await;
-                }
-                count.fetch_add(1, Ordering::Relaxed);
-                Ok::<_, RpcError>(number)
-            }
-        });
-        let service = Microservice::new()
-            .arbiters(2)
-            .handlers(work)
-            .server(TcpServer::bind("127.0.0.1", 0))
-            .start()
-            .await
-            .unwrap();
-        let clients: Vec<_> = (0..4).map(|_| client(port(&service), 0)).collect();
-        join_all(clients.iter().map(ClientProxy::connect)).await.into_iter().for_each(Result::unwrap);
-        let callers = join_all((0..128).map(|caller: u64| {
-            let client = clients[caller as usize % clients.len()].clone();
-            async move {
-                let mut served = 0u64;
-                for number in 0.. {
-                    let sent = number * 128 + caller;
-                    match client.send::<u64>("work", sent).await {
-                        Ok(back) => assert_eq!(back, sent),
-                        // On its way when the service closed, or after that.
-                        Err(CallError::Lost { .. } | CallError::NotSent { .. }) => return served,
-                        Err(error) => panic!("{error}"),
-                    }
-                    served += 1;
-                }
-                served
-            }
-        }));
-        let stopping = async {
-            tokio::time::sleep(Duration::from_millis(100 + 13 * round)).await;
-            service.stop(GRACE).await
-        };
-        let (served, report) = futures::join!(callers, stopping);
-        let served: u64 = served.into_iter().sum();
-        assert!(report.clean, "{report:?}");
-        assert!(served > 100, "{served}");
-        assert_eq!((served, report.done()), (handled.load(Ordering::Relaxed), served));
-        for client in clients {
-            assert_eq!((client.pending(), client.occupied()), (0, 0));
-            client.close().await;
-        }
-    }
+    stop_under_load(
+        || TcpServer::bind("127.0.0.1", 0).into(),
+        |service| client(port(service), 0),
+        // On its way when the service closed, or after that.
+        |error| matches!(error, CallError::Lost { .. } | CallError::NotSent { .. }),
+    )
+    .await;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! rumqttc over MQTT 3.1.1, QoS 0: one event loop that takes and writes many packets in a turn.
 
-use rumqttc::{
+use rumqttc_v4::{
     AsyncClient, Event, EventLoop, MqttOptions, NetworkOptions, Packet, Publish, PublishOptions, QoS,
 };
 
