@@ -1,57 +1,75 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What one turn of a session has read for one replica: it gets its slots in one go and travels as one message.
+//! Where a session's requests go: a replica on its own arbiter is called in place; for one on another arbiter those of
+//! one turn are collected, get their slots in one go and travel as one message.
 
+use std::rc::Rc;
 use std::sync::{Arc, Weak};
 
 use actix::prelude::SendError;
 
 use crate::events::ServiceEvent;
-use crate::in_flight::{Admission, Shared};
-use crate::replica::{Duty, Invoke, InvokeBatch, overloaded};
+use crate::in_flight::{Shared, Slot};
+use crate::replica::{self, Duty, Invoke, InvokeBatch, Replica, overloaded};
 use crate::request::{Parts, Scope};
-use crate::responder::{Responder, SlotKey};
+use crate::responder::{RequestKey, Responder};
 use crate::route::{HandlerRef, Replicas};
 use crate::session::SessionEnv;
 
-/// Requests for one replica that are not yet sent there, and their slots-to-be.
+/// Where the next request goes, and those that are not yet sent to another arbiter.
 pub(crate) struct Batch<R> {
-    /// Where it goes, and the handler of its first request.
-    to: Option<(Arc<Replicas>, Arc<HandlerRef>)>,
+    to: Option<Target>,
     invokes: Vec<Invoke>,
     /// For those whose duty is a slot, in order.
-    admissions: Vec<Admission<R>>,
+    slots: Vec<Slot<R>>,
     /// How many there were last time, which the next one is likely to have, too.
     room: usize,
 }
 
+/// The replica that was asked for last: found once, and kept alive until the turn ends.
+struct Target {
+    replicas: Arc<Replicas>,
+    /// The handler of its first request.
+    handler: Arc<HandlerRef>,
+    /// On this arbiter.
+    here: Option<Rc<Replica>>,
+}
+
 impl<R> Default for Batch<R> {
     fn default() -> Self {
-        Self { to: None, invokes: Vec::new(), admissions: Vec::new(), room: 0 }
+        Self { to: None, invokes: Vec::new(), slots: Vec::new(), room: 0 }
     }
 }
 
 impl<R> Batch<R> {
-    /// Whether a request for this handler can go with it; else it must be sent first, which keeps the order.
-    pub(crate) fn fits(&self, handler: &Arc<HandlerRef>) -> bool {
-        self.to.as_ref().is_some_and(|(replicas, _)| {
-            Weak::as_ptr(&handler.replicas) == Arc::as_ptr(replicas)
-                && self.invokes.len() < replicas.batch_size
+    /// Whether the next request can go to this handler; else this is sent, and aimed anew.
+    pub(crate) fn aims_at(&self, handler: &Arc<HandlerRef>) -> bool {
+        self.to.as_ref().is_some_and(|to| {
+            Weak::as_ptr(&handler.replicas) == Arc::as_ptr(&to.replicas)
+                && self.invokes.len() < to.replicas.batch_size
         })
     }
 
-    /// Begins with requests for this handler's replica; false when it is no longer there.
-    pub(crate) fn begin(&mut self, handler: &Arc<HandlerRef>) -> bool {
-        self.to = handler.replicas.upgrade().map(|replicas| (replicas, Arc::clone(handler)));
+    /// Goes on with requests for this handler's replica; false when it is no longer there.
+    pub(crate) fn aim(&mut self, handler: &Arc<HandlerRef>) -> bool {
+        self.to = handler.replicas.upgrade().map(|replicas| {
+            let here = replica::here(&replicas.identity);
+            Target { replicas, handler: Arc::clone(handler), here }
+        });
         self.to.is_some()
     }
 
-    /// Adds a request that gets its slot when the batch is sent.
-    pub(crate) fn push(&mut self, handler: &Arc<HandlerRef>, parts: Parts, admission: Admission<R>) {
-        if self.admissions.is_empty() {
-            self.admissions.reserve(self.room);
+    /// The replica, if it is on this arbiter: it is called, and nothing is added here.
+    pub(crate) fn here(&self) -> Option<&Rc<Replica>> {
+        self.to.as_ref()?.here.as_ref()
+    }
+
+    /// Adds a request that gets its slot when it is sent.
+    pub(crate) fn push(&mut self, handler: &Arc<HandlerRef>, parts: Parts, slot: Slot<R>) {
+        if self.slots.is_empty() {
+            self.slots.reserve(self.room);
         }
-        self.admissions.push(admission);
-        self.add(handler, parts, Duty::Slot(SlotKey::NONE));
+        self.slots.push(slot);
+        self.add(handler, parts, Duty::Slot(RequestKey::NONE));
     }
 
     /// Adds a request that has its slot, and someone who answers it.
@@ -66,21 +84,25 @@ impl<R> Batch<R> {
         self.invokes.push(Invoke { endpoint: handler.endpoint, parts, duty });
     }
 
-    /// Gives its requests their slots, and sends them.
+    /// Ends the turn with this replica: what was added gets its slots and is sent.
     pub(crate) fn send(&mut self, shared: &Shared<R>, env: &SessionEnv, scope: Option<&Arc<Scope>>) {
-        let Some((replicas, handler)) = self.to.take() else { return };
+        let Some(Target { replicas, handler, .. }) = self.to.take() else { return };
+        if self.invokes.is_empty() {
+            return;
+        }
         let (Some(server), Some(scope)) = (&env.server, scope) else { return };
         // An idle connection keeps no memory for them.
         let mut invokes = std::mem::take(&mut self.invokes);
-        let admissions = std::mem::take(&mut self.admissions);
+        let slots = std::mem::take(&mut self.slots);
         self.room = invokes.len();
-        if !admissions.is_empty() {
+        if !slots.is_empty() {
             let mut inner = shared.inner.lock();
             let waiting = invokes.iter_mut().filter(|invoke| matches!(invoke.duty, Duty::Slot(_)));
-            for (invoke, admission) in waiting.zip(admissions) {
-                let slot = inner.admit(admission);
-                invoke.parts.slot = slot;
-                invoke.duty = Duty::Slot(slot);
+            for (invoke, slot) in waiting.zip(slots) {
+                let key = shared.next_key();
+                inner.slots.insert(key, slot);
+                invoke.parts.slot = key;
+                invoke.duty = Duty::Slot(key);
             }
         }
         let batch = InvokeBatch { scope: Arc::clone(scope), invokes };

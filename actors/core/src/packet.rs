@@ -3,6 +3,7 @@
 //! The packets that cross the wire, taken apart no further than routing needs.
 
 use std::fmt;
+use std::num::NonZeroUsize;
 
 use bytes::Bytes;
 use serde::de::{MapAccess, Visitor};
@@ -21,7 +22,7 @@ pub const NO_HANDLER_TEXT: &str = "There is no matching message handler defined 
 pub const INTERNAL_ERROR_TEXT: &str = "Internal server error";
 
 /// How long a value a [`Raw`] holds without sharing the frame it came in.
-const RAW_INLINE: usize = 30;
+const RAW_INLINE: usize = 32;
 
 /// The raw bytes of one short value of a packet (an id, a pattern), to be looked up or echoed as they are. Short
 /// ones are copied, which costs less than counting references; long ones share the frame.
@@ -30,8 +31,36 @@ pub struct Raw(RawBytes);
 
 #[derive(Clone)]
 enum RawBytes {
-    Inline(u8, [u8; RAW_INLINE]),
+    Inline(Inline),
     Shared(Bytes),
+}
+
+/// Whole words, which are moved as such.
+#[derive(Clone, Copy)]
+struct Inline {
+    bytes: [u8; RAW_INLINE],
+    /// One more than there are: zero says that there are none here.
+    len: NonZeroUsize,
+}
+
+impl Inline {
+    const EMPTY: Self = Self { bytes: [0; RAW_INLINE], len: NonZeroUsize::MIN };
+
+    /// The bytes at `span`, which are known to be few enough. What follows them may come along: copying a fixed number is
+    /// cheaper.
+    fn cut(frame: &[u8], span: std::ops::Range<usize>) -> Self {
+        let len = NonZeroUsize::MIN.saturating_add(span.len());
+        if let Some(bytes) = frame[span.start..].first_chunk() {
+            return Self { bytes: *bytes, len };
+        }
+        let mut bytes = [0; RAW_INLINE];
+        bytes[..span.len()].copy_from_slice(&frame[span]);
+        Self { bytes, len }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.len.get() - 1).unwrap_or_default()
+    }
 }
 
 impl Raw {
@@ -41,17 +70,15 @@ impl Raw {
     ///
     /// If `span` is not inside the frame.
     pub fn slice(frame: &Bytes, span: std::ops::Range<usize>) -> Self {
-        match Self::inline(&frame[span.clone()]) {
-            Some(raw) => raw,
-            None => Raw(RawBytes::Shared(frame.slice(span))),
+        match span.len() {
+            0..=RAW_INLINE => Raw(RawBytes::Inline(Inline::cut(frame, span))),
+            _ => Raw(RawBytes::Shared(frame.slice(span))),
         }
     }
 
     /// A copy of the value, if it is short.
     pub(crate) fn inline(bytes: &[u8]) -> Option<Self> {
-        let mut inline = [0; RAW_INLINE];
-        inline.get_mut(..bytes.len())?.copy_from_slice(bytes);
-        Some(Raw(RawBytes::Inline(bytes.len() as u8, inline)))
+        (bytes.len() <= RAW_INLINE).then(|| Raw(RawBytes::Inline(Inline::cut(bytes, 0..bytes.len()))))
     }
 }
 
@@ -60,7 +87,7 @@ impl std::ops::Deref for Raw {
 
     fn deref(&self) -> &[u8] {
         match &self.0 {
-            RawBytes::Inline(len, bytes) => bytes.get(..usize::from(*len)).unwrap_or_default(),
+            RawBytes::Inline(inline) => inline.bytes(),
             RawBytes::Shared(bytes) => bytes,
         }
     }
@@ -68,7 +95,7 @@ impl std::ops::Deref for Raw {
 
 impl Default for Raw {
     fn default() -> Self {
-        Raw(RawBytes::Inline(0, [0; RAW_INLINE]))
+        Raw(RawBytes::Inline(Inline::EMPTY))
     }
 }
 
@@ -81,7 +108,7 @@ impl From<Bytes> for Raw {
 impl From<Raw> for Bytes {
     fn from(raw: Raw) -> Self {
         match raw.0 {
-            RawBytes::Inline(..) => Bytes::copy_from_slice(&raw),
+            RawBytes::Inline(inline) => Bytes::copy_from_slice(inline.bytes()),
             RawBytes::Shared(bytes) => bytes,
         }
     }
@@ -361,6 +388,24 @@ mod tests {
             let metadata: Metadata = payload.decode().unwrap();
             assert_eq!(metadata.iter().collect::<Vec<_>>(), expected, "{json}");
         }
+    }
+
+    #[test]
+    fn raw_values_are_what_they_were_cut_from_short_or_long() {
+        let frame = Bytes::from((0..100).collect::<Vec<u8>>());
+        for start in [0, 1, 60, 67, 68, 69, 90, 100] {
+            for len in (0..=100 - start).filter(|len| *len < 40 || *len == 100) {
+                let raw = Raw::slice(&frame, start..start + len);
+                assert_eq!(&*raw, &frame[start..start + len]);
+                assert_eq!(raw, Raw::from(frame.slice(start..start + len)));
+                assert_eq!(Bytes::from(raw.clone()), frame.slice(start..start + len));
+                let inline = Raw::inline(&frame[start..start + len]);
+                assert_eq!(inline.is_some(), len <= RAW_INLINE);
+                assert!(inline.is_none_or(|inline| inline == raw));
+            }
+        }
+        assert!(Raw::default().is_empty());
+        assert_eq!(size_of::<Raw>(), RAW_INLINE + size_of::<usize>());
     }
 
     #[test]

@@ -12,7 +12,11 @@ use serde::de::DeserializeOwned;
 use crate::{json, msgpack};
 
 /// The encoding of a [`Payload`].
+///
+/// A whole word, so that payloads, and the many types around them that tell their variants by it, are moved by whole
+/// words: moving them by bytes, as one byte followed by padding is, made the processor wait at every move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u64)]
 #[non_exhaustive]
 pub enum Format {
     /// UTF-8 JSON, the form NestJS speaks.

@@ -19,7 +19,7 @@ use crate::events::EventBus;
 use crate::handler::{EscalateFn, HandlerGroup, Placement, ReplicaContext};
 use crate::interceptor::Interceptor;
 use crate::pattern::Route;
-use crate::replica::{BUILD_TIMEOUT, HandlerActor};
+use crate::replica::{BUILD_TIMEOUT, HandlerActor, Identity};
 use crate::route::{HandlerInfo, HandlerKind, HandlerRef, HandlerReport, HandlerStats, Replicas, RouteTable};
 use crate::supervise::{Child, Escalation};
 use crate::transport::{TransportId, TransportInfo};
@@ -333,6 +333,7 @@ async fn build_groups(
             Placement::Singleton => 1,
         };
         let group = Arc::new(group);
+        let identity = Identity::default();
         // An actor of the group that gives up escalates as its group does.
         let escalate = match group.supervision.escalation {
             Escalation::StopService => escalate.clone(),
@@ -358,9 +359,10 @@ async fn build_groups(
             replica_stats.push(stats.clone());
             let watched = stats.clone();
             place.watch_in_flight(move || watched.iter().map(|stats| stats.in_flight.get()).sum());
-            let (group, global) = (Arc::clone(&group), Arc::clone(&global));
+            let (group, global, identity) = (Arc::clone(&group), Arc::clone(&global), Arc::clone(&identity));
             building.push(arbiters.run_on(arbiter, move || async move {
-                HandlerActor::build(&group, &stats, context, &global).map(|actor| actor.start().recipient())
+                let built = HandlerActor::build(&group, &stats, context, &global, identity);
+                built.map(|actor| actor.start().recipient())
             }));
         }
         let mut recipients = Vec::new();
@@ -375,6 +377,7 @@ async fn build_groups(
             });
         }
         let replicas = Arc::new(Replicas {
+            identity,
             recipients,
             mailbox_capacity: group.supervision.mailbox_capacity,
             batch_size: group.supervision.batch_size(),

@@ -4,13 +4,15 @@
 //! It runs each request inside the panic boundary, in place if it is ready at once, else as a task of its
 //! own; it counts, bounds concurrency, remembers poisonous messages, and is rebuilt from its factory after
 //! a panic.
+//!
+//! Sessions on the replica's own arbiter call it in place ([`here`]); what comes from other arbiters comes as messages.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::hash::{BuildHasher, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
@@ -27,13 +29,14 @@ use crate::error::RpcError;
 use crate::events::ServiceEvent;
 use crate::handler::{Endpoint, EndpointFactory, HandlerGroup, HandlerSupervision, Outcome, ReplicaContext};
 use crate::headers::Headers;
+use crate::in_flight::End;
 use crate::interceptor::{Interceptor, Next};
 use crate::packet::ResponseBody;
 use crate::pattern::Route;
-use crate::payload::Payload;
+use crate::payload::{Format, Payload};
 use crate::reply::{HandlerResult, Reply};
 use crate::request::{Parts, Request, Scope};
-use crate::responder::{Finished, Responder, SlotKey};
+use crate::responder::{Finished, Responder, RequestKey};
 use crate::route::HandlerStats;
 use crate::supervise::{ChildState, Escalation, RestartWindow, panic_text};
 use crate::trace::Ambient;
@@ -65,7 +68,7 @@ pub(crate) struct Invoke {
 /// Who must be answered.
 pub(crate) enum Duty {
     /// The slot of a request that one handler serves: the usual case, in which the batch stands in for a responder.
-    Slot(SlotKey),
+    Slot(RequestKey),
     /// Someone else.
     Own(Responder),
 }
@@ -90,7 +93,8 @@ struct Turn {
 const HAND_IN: usize = 16;
 
 impl Turn {
-    fn end(&mut self, duty: Duty, body: ResponseBody, headers: Option<Headers>, failed: bool) {
+    fn end(&mut self, duty: Duty, end: End) {
+        let End { body, headers, failed } = end;
         match duty {
             Duty::Slot(slot) => {
                 self.done.push(Finished::new(slot, body, headers, failed));
@@ -100,11 +104,6 @@ impl Turn {
             }
             Duty::Own(responder) => responder.finish(body, headers, failed),
         }
-    }
-
-    fn fail(&mut self, duty: Duty, error: &RpcError) {
-        let body = ResponseBody::Error(error.to_payload(self.scope.server.transport.format));
-        self.end(duty, body, None, true);
     }
 
     fn hand_in(&mut self) {
@@ -123,9 +122,32 @@ impl Drop for Turn {
 /// Runs the endpoints of one replica.
 pub(crate) struct HandlerActor {
     replica: Rc<Replica>,
+    identity: Identity,
 }
 
-struct Replica {
+/// Names the replicas of one group: it is one of a kind as long as one of them lives.
+pub(crate) type Identity = Arc<()>;
+
+thread_local! {
+    /// The replicas that run on this thread, by the identity of their group.
+    static HERE: RefCell<HashMap<usize, Weak<Replica>>> = RefCell::default();
+}
+
+/// The replica of a group that runs on this thread, if there is one.
+pub(crate) fn here(identity: &Identity) -> Option<Rc<Replica>> {
+    HERE.with_borrow(|here| here.get(&(Arc::as_ptr(identity) as usize))?.upgrade())
+}
+
+impl Drop for HandlerActor {
+    fn drop(&mut self) {
+        let place = Arc::as_ptr(&self.identity) as usize;
+        // When the thread ends, what it knew has gone before.
+        let _ = HERE.try_with(|here| here.borrow_mut().remove(&place));
+    }
+}
+
+/// The endpoints of one replica and what is known of them. It never leaves its thread.
+pub(crate) struct Replica {
     factory: EndpointFactory,
     context: ReplicaContext,
     endpoints: RefCell<Rc<Vec<Box<dyn Endpoint>>>>,
@@ -165,6 +187,7 @@ impl HandlerActor {
         stats: &[Arc<HandlerStats>],
         context: ReplicaContext,
         global: &Arc<[Arc<dyn Interceptor>]>,
+        identity: Identity,
     ) -> Result<Self, String> {
         let factory = with_interceptors(group, global);
         let endpoints =
@@ -204,6 +227,7 @@ impl HandlerActor {
                 hasher: hashbrown::DefaultHashBuilder::default(),
                 done: RefCell::default(),
             }),
+            identity,
         })
     }
 }
@@ -246,6 +270,8 @@ impl Actor for HandlerActor {
 
     fn started(&mut self, ctx: &mut Self::Context) {
         ctx.set_mailbox_capacity(self.replica.supervision.mailbox_batches());
+        let place = Arc::as_ptr(&self.identity) as usize;
+        HERE.with_borrow_mut(|here| here.insert(place, Rc::downgrade(&self.replica)));
     }
 }
 
@@ -262,54 +288,95 @@ impl Handler<InvokeBatch> for HandlerActor {
     }
 }
 
+/// How a call of a handler goes on.
+pub(crate) enum Begun {
+    /// It is done.
+    Ended(End),
+    /// It goes on as a task, once it has a responder: [`Replica::go_on`].
+    Unfinished(Box<Unfinished>),
+    /// The handler has as many requests as it may run at once: [`Replica::wait`].
+    MustWait(Request),
+}
+
+/// What has been begun and was not ready at once.
+pub(crate) struct Unfinished {
+    job: Job,
+    data: Option<Payload>,
+    deadline: Option<Instant>,
+    ambient: Option<Ambient>,
+}
+
+impl End {
+    fn failed(error: &RpcError, format: Format) -> Self {
+        Self { body: ResponseBody::Error(error.to_payload(format)), headers: None, failed: true }
+    }
+}
+
 impl Replica {
+    /// Runs what came as a message.
     fn accept(self: &Rc<Self>, invoke: Invoke, turn: &mut Turn) {
         let Invoke { endpoint: index, parts, duty } = invoke;
-        let Some(handler) = self.handlers.get(index as usize) else {
-            // Not reached: endpoints are counted when the replica is built.
-            return drop(duty.into_responder(&turn.scope));
-        };
-        let request = Request(Box::new(parts));
-        if let Some(max) = handler.concurrency
-            && handler.running.get() >= max
-        {
-            let mut waiting = handler.waiting.borrow_mut();
-            if waiting.len() < self.supervision.max_waiting {
-                waiting.push_back((request, duty.into_responder(&turn.scope)));
-            } else {
-                drop(waiting);
-                self.context.events.emit(ServiceEvent::BoundHit {
-                    place: Arc::from(handler.route.as_ref()),
-                    bound: "max_waiting",
-                    limit: self.supervision.max_waiting as u64,
-                    action: "the request was answered with an overload error",
-                });
-                turn.fail(duty, &overloaded());
-            }
-            return;
+        match self.begin(index, Request::new(parts)) {
+            Begun::Ended(end) => turn.end(duty, end),
+            Begun::Unfinished(rest) => self.go_on(index, *rest, duty.into_responder(&turn.scope)),
+            Begun::MustWait(request) => self.wait(index, request, duty.into_responder(&turn.scope)),
         }
-        self.start(index, request, duty, turn);
     }
 
-    fn start(self: &Rc<Self>, index: u32, request: Request, duty: Duty, turn: &mut Turn) {
+    /// Runs a request of which the session has no say any more.
+    pub(crate) fn call(self: &Rc<Self>, index: u32, request: Request, responder: Responder) {
+        match self.begin(index, request) {
+            Begun::Ended(End { body, headers, failed }) => responder.finish(body, headers, failed),
+            Begun::Unfinished(rest) => self.go_on(index, *rest, responder),
+            Begun::MustWait(request) => self.wait(index, request, responder),
+        }
+    }
+
+    /// Calls a handler, and polls it once.
+    pub(crate) fn begin(self: &Rc<Self>, index: u32, request: Request) -> Begun {
         let handler = &self.handlers[index as usize];
+        match handler.concurrency {
+            Some(max) if handler.running.get() >= max => Begun::MustWait(request),
+            _ => self.begin_now(index, request),
+        }
+    }
+
+    /// Keeps a request until its handler has a place for it.
+    pub(crate) fn wait(&self, index: u32, request: Request, responder: Responder) {
+        let handler = &self.handlers[index as usize];
+        let mut waiting = handler.waiting.borrow_mut();
+        if waiting.len() < self.supervision.max_waiting {
+            return waiting.push_back((request, responder));
+        }
+        drop(waiting);
+        self.context.events.emit(ServiceEvent::BoundHit {
+            place: Arc::from(handler.route.as_ref()),
+            bound: "max_waiting",
+            limit: self.supervision.max_waiting as u64,
+            action: "the request was answered with an overload error",
+        });
+        responder.fail(&overloaded());
+    }
+
+    /// The same as [`begin`](Self::begin) for a request that has its place.
+    fn begin_now(self: &Rc<Self>, index: u32, request: Request) -> Begun {
+        let handler = &self.handlers[index as usize];
+        let format = request.format();
+        let refused = |error: RpcError| Begun::Ended(End::failed(&error, format));
         if let Some(cause) = &*self.gave_up.borrow() {
-            turn.fail(duty, &RpcError::unexpected(format!("handler {} gave up: {cause}", handler.route)));
-            return;
+            return refused(RpcError::unexpected(format!("handler {} gave up: {cause}", handler.route)));
         }
         if let Some(deadline) = request.0.deadline
             && Instant::now() >= deadline
         {
             // Its caller has stopped waiting: running it would be work for nobody.
-            turn.fail(duty, &deadline_exceeded());
-            return;
+            return refused(deadline_exceeded());
         }
         if !self.poison.borrow().is_empty()
             && let Some(kills) = self.kills(&handler.route, request.0.data.as_ref())
         {
             self.context.events.emit(ServiceEvent::PoisonRefused { route: handler.route.clone(), kills });
-            turn.fail(duty, &poisoned(kills));
-            return;
+            return refused(poisoned(kills));
         }
         handler.stats.in_flight.add(1);
         handler.running.set(handler.running.get() + 1);
@@ -347,42 +414,31 @@ impl Replica {
             })
         }));
         drop(endpoints);
-        match first {
+        let job = match first {
             Err(panic) => {
-                turn.fail(duty, &RpcError::unexpected("the handler panicked"));
                 self.panicked(index, data.as_ref(), panic_text(panic));
                 self.finished(index, Ended::Panicked);
+                return refused(RpcError::unexpected("the handler panicked"));
             }
-            Ok(Poll::Ready(Ok(Reply::Stream(stream)))) => {
-                let responder = duty.into_responder(&turn.scope);
-                self.spawn(index, responder, data, deadline, ambient, Job::Stream(stream))
+            Ok(Poll::Ready(Ok(Reply::Stream(stream)))) => Job::Stream(stream),
+            Ok(Poll::Ready(Ok(reply))) => {
+                self.finished(index, Ended::Well);
+                let (last, headers) = last_of(reply);
+                return Begun::Ended(End { body: ResponseBody::Last(last), headers, failed: false });
             }
-            Ok(Poll::Ready(result)) => {
-                let ended = match result {
-                    Ok(reply) => {
-                        let (last, headers) = last_of(reply);
-                        turn.end(duty, ResponseBody::Last(last), headers, false);
-                        Ended::Well
-                    }
-                    Err(error) => {
-                        turn.fail(duty, &error);
-                        self.report(index, error);
-                        Ended::Failed
-                    }
-                };
-                self.finished(index, ended);
+            Ok(Poll::Ready(Err(error))) => {
+                let end = End::failed(&error, format);
+                self.report(index, error);
+                self.finished(index, Ended::Failed);
+                return Begun::Ended(end);
             }
-            Ok(Poll::Pending) => {
-                let responder = duty.into_responder(&turn.scope);
-                match future {
-                    Some(future) => {
-                        self.spawn(index, responder, data, deadline, ambient, Job::Future(future));
-                    }
-                    // Not reached: the endpoint is called exactly once.
-                    None => drop(responder),
-                }
-            }
-        }
+            Ok(Poll::Pending) => match future {
+                Some(future) => Job::Future(future),
+                // Not reached: the endpoint is called exactly once.
+                None => return refused(RpcError::unexpected("the handler was not called")),
+            },
+        };
+        Begun::Unfinished(Box::new(Unfinished { job, data, deadline, ambient }))
     }
 
     /// Answers a result that is not a stream.
@@ -408,15 +464,9 @@ impl Replica {
         }
     }
 
-    fn spawn(
-        self: &Rc<Self>,
-        index: u32,
-        responder: Responder,
-        data: Option<Payload>,
-        deadline: Option<Instant>,
-        ambient: Option<Ambient>,
-        job: Job,
-    ) {
+    /// Makes a task of what was not ready at once.
+    pub(crate) fn go_on(self: &Rc<Self>, index: u32, rest: Unfinished, responder: Responder) {
+        let Unfinished { job, data, deadline, ambient } = rest;
         let replica = Rc::clone(self);
         let responder = Rc::new(RefCell::new(Some(responder)));
         let work = {
@@ -568,8 +618,7 @@ impl Replica {
                 tokio::task::spawn_local(async move {
                     let handler = &replica.handlers[index as usize];
                     handler.running.set(handler.running.get() - 1);
-                    let mut turn = Turn { scope: Arc::clone(&request.0.scope), done: Vec::new() };
-                    replica.start(index, request, Duty::Own(responder), &mut turn);
+                    replica.call(index, request, responder);
                 });
             }
         }

@@ -17,7 +17,7 @@ use crate::interceptor::Interceptors;
 use crate::packet::{Metadata, Raw};
 use crate::pattern::{Pattern, Route};
 use crate::payload::{DecodeError, Format, Payload};
-use crate::responder::{Cancellation, ReplySink, SlotKey};
+use crate::responder::{Cancellation, ReplySink, RequestKey};
 use crate::route::{Place, RouteTable};
 use crate::trace::TraceContext;
 use crate::transport::{ContextData, TransportInfo};
@@ -116,7 +116,7 @@ pub(crate) struct Parts {
     pub(crate) metadata: Option<Payload>,
     pub(crate) context: Option<ContextData>,
     pub(crate) deadline: Option<Instant>,
-    pub(crate) slot: SlotKey,
+    pub(crate) slot: RequestKey,
     pub(crate) extensions: Option<Arc<TypeMap>>,
 }
 
@@ -138,6 +138,10 @@ impl fmt::Debug for Request {
 }
 
 impl Request {
+    pub(crate) fn new(parts: Parts) -> Self {
+        Self(Box::new(parts))
+    }
+
     /// The route that matched.
     pub fn route(&self) -> &Route {
         &self.0.place().route

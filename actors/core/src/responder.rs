@@ -19,21 +19,25 @@ use crate::headers::Headers;
 use crate::packet::ResponseBody;
 use crate::payload::{Format, Payload};
 
-/// Names a request in flight on its session.
+/// Names a call in flight in its client's correlation map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct SlotKey {
     pub(crate) index: u32,
     pub(crate) generation: u32,
 }
 
-impl SlotKey {
+/// Names a request on the session that it came by: they are numbered as they are dispatched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct RequestKey(pub(crate) u64);
+
+impl RequestKey {
     /// Of a request that has none yet.
-    pub(crate) const NONE: Self = Self { index: u32::MAX, generation: 0 };
+    pub(crate) const NONE: Self = Self(0);
 }
 
 /// One packet of a response, on its way to the session.
 pub(crate) struct Finished {
-    pub(crate) slot: SlotKey,
+    pub(crate) slot: RequestKey,
     /// Which of the slot's handlers it comes from.
     pub(crate) member: u32,
     pub(crate) body: ResponseBody,
@@ -43,7 +47,7 @@ pub(crate) struct Finished {
 
 impl Finished {
     /// A packet for a slot that one handler serves.
-    pub(crate) fn new(slot: SlotKey, body: ResponseBody, headers: Option<Headers>, failed: bool) -> Self {
+    pub(crate) fn new(slot: RequestKey, body: ResponseBody, headers: Option<Headers>, failed: bool) -> Self {
         Self { slot, member: 0, body, headers, failed }
     }
 }
@@ -62,19 +66,19 @@ pub(crate) trait ReplySink: Send + Sync {
         finished.for_each(|finished| self.push(finished));
     }
     /// Ready when the session can take more of a stream.
-    fn poll_ready(&self, slot: SlotKey, cx: &mut Context<'_>) -> Poll<Result<(), Gone>>;
+    fn poll_ready(&self, slot: RequestKey, cx: &mut Context<'_>) -> Poll<Result<(), Gone>>;
     /// Lets a cancellation abort the task that serves the slot.
-    fn attach(&self, slot: SlotKey, task: AbortHandle);
+    fn attach(&self, slot: RequestKey, task: AbortHandle);
     /// A token that follows the slot.
-    fn cancellation(&self, slot: SlotKey) -> Cancellation;
+    fn cancellation(&self, slot: RequestKey) -> Cancellation;
     /// Whether the slot was cancelled or is gone.
-    fn is_gone(&self, slot: SlotKey) -> bool;
+    fn is_gone(&self, slot: RequestKey) -> bool;
 }
 
 /// Must end a request: by value, by completion, by error. Dropping it answers with an error.
 pub(crate) struct Responder {
     sink: Arc<dyn ReplySink>,
-    slot: SlotKey,
+    slot: RequestKey,
     member: u32,
     format: Format,
     ended: bool,
@@ -87,7 +91,7 @@ impl fmt::Debug for Responder {
 }
 
 impl Responder {
-    pub(crate) fn new(sink: Arc<dyn ReplySink>, slot: SlotKey, format: Format) -> Self {
+    pub(crate) fn new(sink: Arc<dyn ReplySink>, slot: RequestKey, format: Format) -> Self {
         Self { sink, slot, member: 0, format, ended: false }
     }
 
@@ -203,7 +207,7 @@ impl ChainSink {
     }
 
     pub(crate) fn responder(self: &Arc<Self>, index: u32) -> Responder {
-        let slot = SlotKey { index, generation: 0 };
+        let slot = RequestKey(u64::from(index));
         Responder::new(Arc::clone(self) as Arc<dyn ReplySink>, slot, self.format)
     }
 
@@ -234,7 +238,7 @@ impl ChainSink {
 impl ReplySink for ChainSink {
     fn push(&self, Finished { slot, body, .. }: Finished) {
         let mut results = self.results.lock();
-        let Some(place) = results.get_mut(slot.index as usize) else { return };
+        let Some(place) = results.get_mut(slot.0 as usize) else { return };
         match body {
             ResponseBody::Item(_) => return,
             ResponseBody::Last(value) => *place = Some(value),
@@ -259,17 +263,17 @@ impl ReplySink for ChainSink {
         }
     }
 
-    fn poll_ready(&self, _slot: SlotKey, _cx: &mut Context<'_>) -> Poll<Result<(), Gone>> {
+    fn poll_ready(&self, _slot: RequestKey, _cx: &mut Context<'_>) -> Poll<Result<(), Gone>> {
         Poll::Ready(Ok(()))
     }
 
-    fn attach(&self, _slot: SlotKey, _task: AbortHandle) {}
+    fn attach(&self, _slot: RequestKey, _task: AbortHandle) {}
 
-    fn cancellation(&self, _slot: SlotKey) -> Cancellation {
+    fn cancellation(&self, _slot: RequestKey) -> Cancellation {
         self.answer.lock().as_ref().map(|answer| answer.sink.cancellation(answer.slot)).unwrap_or_default()
     }
 
-    fn is_gone(&self, _slot: SlotKey) -> bool {
+    fn is_gone(&self, _slot: RequestKey) -> bool {
         self.answer.lock().is_none()
     }
 }

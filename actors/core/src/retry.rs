@@ -16,7 +16,7 @@ use tokio::time::{Instant, Sleep};
 
 use crate::backoff::Backoff;
 use crate::request::Parts;
-use crate::responder::SlotKey;
+use crate::responder::RequestKey;
 use crate::route::HandlerRef;
 use crate::settlement::RetryPolicy;
 
@@ -60,7 +60,7 @@ impl Retrial {
     }
 
     /// What the attempt that is due consists of.
-    pub(crate) fn attempt(&mut self, slot: SlotKey) -> Attempt {
+    pub(crate) fn attempt(&mut self, slot: RequestKey) -> Attempt {
         let parts = Parts { slot, ..self.parts.clone() };
         Attempt { parts, handlers: self.handlers.clone(), members: std::mem::take(&mut self.failed) }
     }
@@ -77,17 +77,17 @@ pub(crate) struct Attempt {
 /// When messages are tried again.
 #[derive(Default)]
 pub(crate) struct RetryQueue {
-    due: BinaryHeap<Reverse<(Instant, SlotKey)>>,
+    due: BinaryHeap<Reverse<(Instant, RequestKey)>>,
     sleep: Option<Pin<Box<Sleep>>>,
 }
 
 impl RetryQueue {
-    pub(crate) fn push(&mut self, at: Instant, slot: SlotKey) {
+    pub(crate) fn push(&mut self, at: Instant, slot: RequestKey) {
         self.due.push(Reverse((at, slot)));
     }
 
     /// The slots whose time has come; registers for the next one.
-    pub(crate) fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<SlotKey> {
+    pub(crate) fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<RequestKey> {
         loop {
             let Some(Reverse((at, _))) = self.due.peek() else {
                 self.sleep = None;
@@ -108,7 +108,7 @@ impl RetryQueue {
     }
 
     /// Every slot that waits, whatever its time.
-    pub(crate) fn drain(&mut self) -> impl Iterator<Item = SlotKey> {
+    pub(crate) fn drain(&mut self) -> impl Iterator<Item = RequestKey> {
         self.sleep = None;
         std::mem::take(&mut self.due).into_iter().map(|Reverse((_, slot))| slot)
     }

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::pattern::{Pattern, Route, route_of_incoming};
 use crate::payload::Format;
-use crate::replica::InvokeBatch;
+use crate::replica::{Identity, InvokeBatch};
 use crate::settlement::FailurePolicy;
 use crate::transport::{Subscription, TransportId};
 
@@ -94,6 +94,8 @@ impl Counter {
 
 /// The replicas of a group of handlers that share one actor.
 pub(crate) struct Replicas {
+    /// By which the one on a thread is found there.
+    pub(crate) identity: Identity,
     /// One per arbiter, or a single one.
     pub(crate) recipients: Vec<Recipient<InvokeBatch>>,
     pub(crate) mailbox_capacity: usize,

@@ -2,13 +2,15 @@
 //! The session task: the data plane of one live conversation, the same for every transporter.
 //!
 //! One task on one arbiter reads, admits, dispatches and writes. It prefers, in order: write what is
-//! finished, take route changes, send queued calls, read new work. Every request takes a slot (its
-//! in-flight credit); with no slot left, or with too much unwritten, reading pauses.
+//! finished, take route changes, send queued calls, read new work. A handler on the same arbiter is called in place,
+//! and what it answers at once is written in the same turn; every other request takes a slot (its in-flight credit).
+//! With no slot left, or with too much unwritten, reading pauses.
 
 use std::collections::HashSet;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
@@ -22,12 +24,13 @@ use crate::batch::Batch;
 use crate::correlation::{CallKind, ClientCore, Outgoing};
 use crate::error::SessionError;
 use crate::events::{EventBus, ServiceEvent};
-use crate::in_flight::{Admission, Shared, SlotRoute};
+use crate::in_flight::{LastWords, Shared, Slot, SlotRoute};
 use crate::packet::{Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::Route;
 use crate::payload::Format;
-use crate::request::{MessageKind, Parts, Scope, ServerScope, TIMEOUT_KEY};
-use crate::responder::{ChainSink, ReplySink, Responder, SlotKey};
+use crate::replica::{Begun, Replica};
+use crate::request::{MessageKind, Parts, Request, Scope, ServerScope, TIMEOUT_KEY};
+use crate::responder::{ChainSink, ReplySink, RequestKey, Responder};
 use crate::retry::{Attempt, Retrial, RetryQueue};
 use crate::route::{Counter, HandlerRef, RouteTable};
 use crate::settlement::{FailurePolicy, Settles};
@@ -75,8 +78,11 @@ pub(crate) struct SessionControl {
     waker: AtomicWaker,
     drain: AtomicBool,
     abandon: AtomicBool,
+    /// Requests and events that were dispatched, less those that were done in place.
     admitted: Counter,
+    /// Of those, how many have ended.
     pub(crate) answered: Counter,
+    done_in_place: Counter,
 }
 
 impl SessionControl {
@@ -96,9 +102,14 @@ impl SessionControl {
         self.waker.wake();
     }
 
-    /// Requests and events that were given a slot and have not ended.
+    /// Requests and events that were dispatched and have not ended.
     pub(crate) fn in_flight(&self) -> u64 {
         self.admitted.get().saturating_sub(self.answered.get())
+    }
+
+    /// Requests and events that have ended.
+    pub(crate) fn ended(&self) -> u64 {
+        self.answered.get() + self.done_in_place.get()
     }
 
     pub(crate) fn is_draining(&self) -> bool {
@@ -177,8 +188,10 @@ struct Loop<S: Session> {
     half_closed: Option<Pin<Box<tokio::time::Sleep>>>,
     reported_full: bool,
     handed_back: u64,
-    /// What this turn has read for one replica, not yet sent there.
+    /// Where what this turn reads goes.
     turn: Batch<S::ReplyTo>,
+    /// Something was written since the last flush.
+    unflushed: bool,
     retries: RetryQueue,
     batch: Vec<Outbound<S::ReplyTo>>,
     /// A client's calls on their way out, and the replies that this turn has read.
@@ -230,6 +243,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         reported_full: false,
         handed_back: 0,
         turn: Batch::default(),
+        unflushed: false,
         retries: RetryQueue::default(),
         batch: Vec::new(),
         outgoing: Outgoing::default(),
@@ -263,7 +277,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
     }
     SessionExit {
         cause,
-        answered: session.env.control.answered.get(),
+        answered: session.env.control.ended(),
         handed_back: session.handed_back,
         abandoned,
         lived: started.elapsed(),
@@ -320,16 +334,25 @@ impl<S: Session> Loop<S> {
         self.write_finished()?;
         self.retry(cx)?;
         let more = self.write_calls()?;
-        let flushed = self.flush(cx)?;
+        let mut flushed = self.flush(cx)?;
         if more && flushed {
             // There is room again, and nobody else would say so.
             cx.waker().wake_by_ref();
         }
-        if self.reading && self.read(cx)?.is_ready() && !self.draining {
-            // The peer closed its side: nothing can be asked any more, what was asked is answered, unless it
-            // has no end.
-            self.draining = true;
-            self.half_closed = Some(Box::pin(tokio::time::sleep(self.env.limits.half_close)));
+        if self.reading {
+            let read = self.read(cx)?;
+            if read.is_ready() && !self.draining {
+                // The peer closed its side: nothing can be asked any more, what was asked is answered, unless it
+                // has no end.
+                self.draining = true;
+                self.half_closed = Some(Box::pin(tokio::time::sleep(self.env.limits.half_close)));
+            }
+            if self.unflushed {
+                // What handlers have answered in place leaves in the next turn, when the other sessions of this arbiter
+                // have read and answered, too: a peer that is woken for all of it at once costs the kernel much less.
+                flushed = false;
+                cx.waker().wake_by_ref();
+            }
         }
         // A reader that is held back by a bound, or whose drain does not end, is not waited for for ever.
         let abandon = self.env.control.abandon.load(Ordering::Acquire);
@@ -366,7 +389,7 @@ impl<S: Session> Loop<S> {
     }
 
     /// Gives unfinished deliveries back to the broker, so that another consumer takes them.
-    fn hand_back(&mut self, keys: Vec<SlotKey>) -> Result<(), SessionError> {
+    fn hand_back(&mut self, keys: Vec<RequestKey>) -> Result<(), SessionError> {
         let mut inner = self.shared.inner.lock();
         let slots: Vec<_> = keys.into_iter().filter_map(|key| inner.remove(key)).collect();
         drop(inner);
@@ -490,6 +513,7 @@ impl<S: Session> Loop<S> {
     }
 
     fn write(&mut self, item: Outbound<S::ReplyTo>) -> Result<(), SessionError> {
+        self.unflushed = true;
         // What to say instead when this item cannot be said.
         let instead = match &item {
             Outbound::Response { reply_to, id, body, .. } if !matches!(body, ResponseBody::NoHandler) => {
@@ -513,9 +537,15 @@ impl<S: Session> Loop<S> {
         }
     }
 
+    /// Whether too much is unwritten.
+    fn is_full(&self) -> bool {
+        self.writer.pending_bytes() >= self.env.limits.high_water_bytes
+    }
+
     fn flush(&mut self, cx: &mut Context<'_>) -> Result<bool, SessionError> {
+        self.unflushed = false;
         let flushed = self.writer.poll_flush(cx)?.is_ready();
-        let congested = self.writer.pending_bytes() >= self.env.limits.high_water_bytes;
+        let congested = self.is_full();
         let mut inner = self.shared.inner.lock();
         inner.congested = congested;
         if !congested && !inner.waiting.is_empty() {
@@ -540,7 +570,7 @@ impl<S: Session> Loop<S> {
 
     fn read_some(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, SessionError> {
         for _ in 0..READ_BUDGET {
-            if self.writer.pending_bytes() >= self.env.limits.high_water_bytes {
+            if self.is_full() {
                 return Ok(Poll::Pending);
             }
             if self.env.server.is_some() && self.in_flight() >= self.env.limits.max_in_flight as u64 {
@@ -555,10 +585,7 @@ impl<S: Session> Loop<S> {
                 return Ok(Poll::Pending);
             }
             match self.reader.poll_next(cx) {
-                Poll::Pending => {
-                    // The calls that arrived may have been answered in place.
-                    return Ok(Poll::Pending);
-                }
+                Poll::Pending => return Ok(Poll::Pending),
                 Poll::Ready(Some(item)) => self.take(item?)?,
                 Poll::Ready(None) => {
                     self.reading = false;
@@ -629,9 +656,8 @@ impl<S: Session> Loop<S> {
         // It may have been read in this very turn.
         self.send_invokes();
         let mut inner = self.shared.inner.lock();
-        let found = inner.slots.iter_mut().find(|(_, slot)| slot.id == *id && !slot.cancelled);
-        let Some((_, slot)) = found else { return };
-        let work = slot.cancel();
+        let found = inner.slots.values_mut().find(|slot| slot.id == *id && !slot.cancelled);
+        let work = found.and_then(Slot::cancel);
         drop(inner);
         if let Some(work) = work {
             work.cancel();
@@ -652,7 +678,7 @@ impl<S: Session> Loop<S> {
     fn replace_table(&mut self, table: Arc<RouteTable>) {
         // Its routes are places of the old table.
         self.send_invokes();
-        for (_, slot) in &mut self.shared.inner.lock().slots {
+        for slot in self.shared.inner.lock().slots.values_mut() {
             if let SlotRoute::At(index) = slot.route {
                 slot.route = SlotRoute::Named(self.table.route_at(index).cloned());
             }
@@ -684,19 +710,20 @@ impl<S: Session> Loop<S> {
             (_, _, events) => events,
         };
         if let [only] = chain
-            && !self.turn.fits(only)
+            && !self.turn.aims_at(only)
         {
             self.turn.send(&self.shared, &self.env, Some(scope));
-            if !self.turn.begin(only) {
+            if !self.turn.aim(only) {
                 // Unrouted meanwhile.
                 return self.unhandled(kind, delivery);
             }
         }
         let Delivery { key, data, metadata, id, reply_to, context } = delivery;
         let deadline = metadata.as_ref().and_then(deadline_of);
+        let route = entry.index;
         let parts = Parts {
             scope: Arc::clone(scope),
-            route: entry.index,
+            route,
             kind,
             raw_pattern: match key {
                 PatternKey::Raw(raw) => Some(raw),
@@ -706,40 +733,89 @@ impl<S: Session> Loop<S> {
             metadata,
             context,
             deadline,
-            slot: SlotKey::NONE,
+            slot: RequestKey::NONE,
             extensions: None,
         };
-        let on_failure = match self.env.transport.settles {
-            Settles::Never(_) => None,
-            Settles::Results { .. } => {
-                chain.iter().find_map(|handler| handler.info.on_failure).or(self.env.limits.on_failure)
-            }
-        };
-        let retrial = match &on_failure {
-            Some(FailurePolicy::Retry(policy)) => {
-                Some(Box::new(Retrial::new(policy, parts.clone(), chain.to_vec())))
-            }
-            _ => None,
-        };
         let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };
-        let id = id.unwrap_or_default();
-        let route = entry.index;
-        let on_failure = on_failure.as_ref().map(FailurePolicy::last_resort);
-        let admission = Admission { kind, reply_to, id, route, handlers, on_failure, retrial };
+        let mut slot = Slot::new(kind, reply_to, id.unwrap_or_default(), route, handlers);
+        if let Settles::Results { .. } = self.env.transport.settles {
+            let policy = chain.iter().find_map(|handler| handler.info.on_failure);
+            if let Some(policy) = policy.or(self.env.limits.on_failure) {
+                let retrial = match &policy {
+                    FailurePolicy::Retry(policy) => {
+                        Some(Box::new(Retrial::new(policy, parts.clone(), chain.to_vec())))
+                    }
+                    _ => None,
+                };
+                slot.on_failure(policy.last_resort(), retrial);
+            }
+        }
         self.env.control.admitted.add(1);
         match chain {
-            [only] => self.turn.push(only, parts, admission),
+            [only] => {
+                if let Some(replica) = self.turn.here() {
+                    let (replica, endpoint) = (Rc::clone(replica), only.endpoint);
+                    return self.call(&replica, endpoint, parts, slot);
+                }
+                self.turn.push(only, parts, slot);
+            }
             chain => {
                 let chain = chain.to_vec();
-                let slot = self.shared.inner.lock().admit(admission);
-                self.invoke_all(&chain, slot, Parts { slot, ..parts });
+                let key = self.shared.next_key();
+                self.shared.inner.lock().slots.insert(key, slot);
+                self.invoke_all(&chain, key, Parts { slot: key, ..parts });
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls a handler on this arbiter. Its request is given a slot only if it is not done at once.
+    fn call(
+        &mut self,
+        replica: &Rc<Replica>,
+        endpoint: u32,
+        mut parts: Parts,
+        mut slot: Slot<S::ReplyTo>,
+    ) -> Result<(), SessionError> {
+        let key = self.shared.begin_call();
+        parts.slot = key;
+        let responder = |this: &Self| Responder::new(Arc::clone(&this.sink), key, this.env.transport.format);
+        match replica.begin(endpoint, Request::new(parts)) {
+            Begun::Ended(end) => {
+                slot.ended(0, end.failed);
+                if slot.wants_retry() {
+                    self.shared.admit_called(key, slot);
+                    self.plan_retries(vec![key]);
+                    // The pause is waited for from the next turn on.
+                    self.env.control.wake();
+                    return Ok(());
+                }
+                self.shared.end_call();
+                self.env.control.admitted.add(-1);
+                self.env.control.done_in_place.add(1);
+                let LastWords { response, settle } = slot.close(end, self.shared.settles, false);
+                // The answer, then the acknowledgement.
+                if let Some(response) = response {
+                    self.write(response)?;
+                }
+                if let Some(settle) = settle {
+                    self.write(settle)?;
+                }
+            }
+            Begun::Unfinished(rest) => {
+                self.shared.admit_called(key, slot);
+                replica.go_on(endpoint, *rest, responder(self));
+            }
+            Begun::MustWait(request) => {
+                self.shared.admit_called(key, slot);
+                replica.wait(endpoint, request, responder(self));
             }
         }
         Ok(())
     }
 
     /// Hands a request that has its slot to each of several handlers.
-    fn invoke_all(&mut self, chain: &[Arc<HandlerRef>], slot: SlotKey, parts: Parts) {
+    fn invoke_all(&mut self, chain: &[Arc<HandlerRef>], slot: RequestKey, parts: Parts) {
         let format = self.env.transport.format;
         let responder = || Responder::new(Arc::clone(&self.sink), slot, format);
         let responders: Vec<Responder> = if parts.kind == MessageKind::Request && chain.len() > 1 {
@@ -753,17 +829,19 @@ impl<S: Session> Loop<S> {
         }
     }
 
-    /// Adds a request to the batch for its replica; a batch for another one is sent first, which keeps the
-    /// order of dispatch.
+    /// Calls a handler on this arbiter, or adds the request to what goes to its replica on another one.
     fn invoke(&mut self, handler: &Arc<HandlerRef>, parts: Parts, responder: Responder) {
-        if !self.turn.fits(handler) {
+        if !self.turn.aims_at(handler) {
             self.send_invokes();
-            if !self.turn.begin(handler) {
+            if !self.turn.aim(handler) {
                 // Unrouted meanwhile; the responder says so.
                 return drop(responder);
             }
         }
-        self.turn.push_with(handler, parts, responder);
+        match self.turn.here() {
+            Some(replica) => replica.call(handler.endpoint, Request::new(parts), responder),
+            None => self.turn.push_with(handler, parts, responder),
+        }
     }
 
     fn send_invokes(&mut self) {
@@ -771,7 +849,7 @@ impl<S: Session> Loop<S> {
     }
 
     /// Plans when what failed is tried again.
-    fn plan_retries(&mut self, failed: Vec<SlotKey>) {
+    fn plan_retries(&mut self, failed: Vec<RequestKey>) {
         for key in failed {
             let mut inner = self.shared.inner.lock();
             let Some(retrial) = inner.slot(key).and_then(|slot| slot.retrial.as_mut()) else { continue };
@@ -795,7 +873,7 @@ impl<S: Session> Loop<S> {
         }
         if self.draining {
             // Another consumer takes it from here.
-            let waiting: Vec<SlotKey> = self.retries.drain().collect();
+            let waiting: Vec<RequestKey> = self.retries.drain().collect();
             return self.hand_back(waiting);
         }
         while let Poll::Ready(key) = self.retries.poll_due(cx) {
@@ -808,7 +886,8 @@ impl<S: Session> Loop<S> {
                         let Some(handler) = handlers.get(member as usize) else { continue };
                         let responder =
                             Responder::new(Arc::clone(&self.sink), key, self.env.transport.format);
-                        self.invoke(handler, parts.clone(), responder.of_member(member));
+                        let responder = responder.of_member(member);
+                        self.invoke(handler, parts.clone(), responder);
                     }
                 }
             }
@@ -834,8 +913,6 @@ impl<S: Session> Loop<S> {
                     body: ResponseBody::NoHandler,
                     headers: None,
                 })?;
-                // Written in this turn, not at the next arrival.
-                self.env.control.wake();
             }
             _ => self.env.events.emit(ServiceEvent::NoEventHandler { transport, pattern }),
         }

@@ -190,6 +190,7 @@ impl Session for TcpSession {
             buf: BytesMut::new(),
             frame: FrameState::default(),
             chunk: SMALL_READ,
+            drained: false,
             silence: None,
             ended: false,
             draining: None,
@@ -224,6 +225,8 @@ pub struct TcpReader {
     frame: FrameState,
     /// How much the next read may take.
     chunk: usize,
+    /// The last read took all there was.
+    drained: bool,
     /// Runs while a frame is incomplete.
     silence: Option<Pin<Box<Sleep>>>,
     ended: bool,
@@ -305,13 +308,20 @@ impl SessionReader<()> for TcpReader {
 impl TcpReader {
     /// Reads once; `false` at the end of the stream.
     fn fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
-        self.buf.reserve(self.chunk);
+        // Once the socket is drained, a look is all that is left, and needs no room; by the next read the frames of this
+        // one have gone, mostly, and their room is free again.
+        if !self.drained || self.buf.capacity() == self.buf.len() {
+            self.buf.reserve(self.chunk);
+        }
+        let room = self.buf.capacity() - self.buf.len();
         let mut io = self.io.borrow_mut();
         let read = match &mut *io {
             // Straight into spare capacity, without clearing it first.
-            Io::Plain(socket) => ready!(tokio_util_read(socket, cx, &mut self.buf)),
-            Io::Tls(stream) => ready!(tokio_util_read(stream.as_mut(), cx, &mut self.buf)),
-        }?;
+            Io::Plain(socket) => tokio_util_read(socket, cx, &mut self.buf),
+            Io::Tls(stream) => tokio_util_read(stream.as_mut(), cx, &mut self.buf),
+        };
+        self.drained = matches!(&read, Poll::Ready(Ok(read)) if *read < room);
+        let read = ready!(read)?;
         if read == 0 {
             return Poll::Ready(Ok(false));
         }

@@ -423,7 +423,7 @@ fn a_short_reply_is_what_the_whole_reading_says() {
         usual(r#"1,"err":2"#),
         usual(r#"1,"isDisposed":false"#),
         usual(r#""unfinished"#),
-        usual(&format!("{:?}", "x".repeat(30))),
+        usual(&format!("{:?}", "x".repeat(31))),
         usual("1").replace("01234\"}", "0123G\"}"),
         usual("1").replace("true", "false"),
         usual("1").replace("}", "} "),
@@ -439,9 +439,9 @@ fn a_short_reply_is_what_the_whole_reading_says() {
     let mut broken = usual("\"x\"").into_bytes();
     broken[13] = 0xff;
     assert_eq!(JsonCodec.decode_short_response(&broken), None);
-    let long = usual(&format!("{:?}", "x".repeat(30)));
+    let long = usual(&format!("{:?}", "x".repeat(31)));
     let whole = JsonCodec.decode_response(&bytes(&long)).unwrap();
-    let payload = Payload::new(Format::Json, format!("{:?}", "x".repeat(30)).into());
+    let payload = Payload::new(Format::Json, format!("{:?}", "x".repeat(31)).into());
     assert_eq!(whole.body, ResponseBody::Last(Some(payload)));
 }
 
