@@ -34,6 +34,9 @@ use crate::supervise::{Child, ChildState, TreeReport};
 /// How long a stopping service waits for what it has taken: NestJS's `gracePeriod` default.
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 
+/// What supervised families have to stop in, even when the grace period is over.
+const LEAST_FAMILY_GRACE: Duration = Duration::from_millis(100);
+
 /// Composes a service.
 #[must_use = "a service does nothing until it is started or run"]
 pub struct Microservice {
@@ -189,12 +192,14 @@ impl Microservice {
             EscalateFn(Arc::new(move |cause| escalation.raise(cause)))
         };
         let registry_child = root.child("registry", "registry");
+        let families = Arc::new(watch::Sender::new(()));
         let registry = Registry::start(
             arbiters.clone(),
             self.events.clone(),
             registry_child.clone(),
             self.interceptors.into(),
             escalate.clone(),
+            Arc::clone(&families),
         );
         let clients = self.app.clients.iter().map(|(name, client)| {
             let child = root.child(name.as_str(), "client");
@@ -207,6 +212,7 @@ impl Microservice {
             inner: Arc::new(Inner {
                 registry,
                 registry_child,
+                families,
                 clients,
                 arbiters,
                 events: self.events,
@@ -306,6 +312,8 @@ pub struct RunningService {
 struct Inner {
     registry: Registry,
     registry_child: Child,
+    /// Supervisors' families at work are subscribed.
+    families: Arc<watch::Sender<()>>,
     /// The clients' places in the tree.
     clients: Vec<Child>,
     arbiters: Arbiters,
@@ -469,7 +477,8 @@ impl RunningService {
     }
 
     /// Stops the service in order: the transporters stop taking work, what was taken finishes (or the
-    /// grace period ends), replies are flushed, sessions closed; then the clients, then the threads.
+    /// grace period ends), replies are flushed, sessions closed; then the clients, then the handlers (the children of
+    /// a [`SupervisorGroup`](crate::handler::SupervisorGroup) one by one, in reverse order), then the threads.
     /// A second stop waits for the first.
     ///
     /// # Cancel safety
@@ -484,12 +493,19 @@ impl RunningService {
         if let Some(report) = self.inner.stopped.borrow().as_deref() {
             return report.clone();
         }
+        let began = tokio::time::Instant::now();
         let servers = self.servers();
         let servers = futures::future::join_all(servers.iter().map(|server| server.stop(grace))).await;
         for client in self.inner.app.clients.values() {
             client.close().await;
         }
         self.inner.clients.iter().for_each(|child| child.set_state(ChildState::Stopped));
+        self.inner.registry.release().await;
+        // Supervisors stop their children in order; what was abandoned may still hold them.
+        let left = grace.saturating_sub(began.elapsed()).max(LEAST_FAMILY_GRACE);
+        if tokio::time::timeout(left, self.inner.families.closed()).await.is_err() {
+            tracing::warn!(target: "martlet", "supervised actors had not stopped within {left:?} and were dropped");
+        }
         self.inner.registry_child.set_state(ChildState::Stopped);
         self.inner.root.set_state(ChildState::Stopped);
         self.inner.arbiters.stop().await;

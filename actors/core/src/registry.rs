@@ -48,8 +48,10 @@ impl Registry {
         child: Child,
         global: Arc<[Arc<dyn Interceptor>]>,
         escalate: EscalateFn,
+        families: Arc<watch::Sender<()>>,
     ) -> Self {
         let actor = RegistryActor {
+            families,
             arbiters,
             events,
             child,
@@ -97,6 +99,12 @@ impl Registry {
         self.actor.send(Report).await.map_err(|_| StartError::Stopped)
     }
 
+    /// Takes back all registrations, in reverse order: when the service stops.
+    pub(crate) async fn release(&self) {
+        // Stopped already: there are none.
+        let _ = self.actor.send(Release).await;
+    }
+
     pub(crate) async fn watch(
         &self,
         transport: TransportInfo,
@@ -110,6 +118,7 @@ pub(crate) struct RegistryActor {
     arbiters: Arbiters,
     events: EventBus,
     child: Child,
+    families: Arc<watch::Sender<()>>,
     global: Arc<[Arc<dyn Interceptor>]>,
     escalate: EscalateFn,
     /// In registration order.
@@ -144,6 +153,10 @@ struct Unregister {
 }
 
 #[derive(Message)]
+#[rtype(result = "()")]
+struct Release;
+
+#[derive(Message)]
 #[rtype(result = "Result<watch::Receiver<Arc<RouteTable>>, StartError>")]
 struct Watch {
     transport: TransportInfo,
@@ -171,6 +184,7 @@ impl Handler<Register> for RegistryActor {
             self.events.clone(),
             self.child.clone(),
             self.escalate.clone(),
+            Arc::clone(&self.families),
             Arc::clone(&self.global),
         );
         AtomicResponse::new(Box::pin(build.into_actor(self).map_ok(|registered, actor, _| {
@@ -206,6 +220,16 @@ impl Handler<Unregister> for RegistryActor {
             actor.publish(&group.handlers, &[]);
             true
         })))
+    }
+}
+
+impl Handler<Release> for RegistryActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Release, _ctx: &mut Self::Context) {
+        while let Some((_, group)) = self.groups.pop_last() {
+            drop(group);
+        }
     }
 }
 
@@ -324,6 +348,7 @@ async fn build_groups(
     events: EventBus,
     child: Child,
     escalate: EscalateFn,
+    families: Arc<watch::Sender<()>>,
     global: Arc<[Arc<dyn Interceptor>]>,
 ) -> Result<Registered, StartError> {
     let mut registered = Registered::default();
@@ -353,6 +378,7 @@ async fn build_groups(
                 child: place.clone(),
                 events: events.clone(),
                 escalate: escalate.clone(),
+                families: Arc::clone(&families),
             };
             let stats: Vec<Arc<HandlerStats>> = group.handlers.iter().map(|_| Arc::default()).collect();
             replica_stats.push(stats.clone());

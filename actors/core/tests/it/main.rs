@@ -14,6 +14,7 @@ mod patterns;
 mod settlement;
 mod supervision;
 mod supervision_tree;
+mod supervisors;
 mod support;
 #[cfg(feature = "tower")]
 mod tower;
