@@ -16,7 +16,7 @@ use std::panic::Location;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use actix::{Actor, Addr, Context, Handler, Message, Supervised};
+use actix::{Actor, Addr, Context, Handler, Message};
 use futures::future::LocalBoxFuture;
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
@@ -29,7 +29,7 @@ use crate::reply::{HandlerResult, IntoReply, Reply, Streaming, TryStreaming};
 use crate::request::{Request, bad_payload};
 use crate::route::{HandlerInfo, HandlerKind};
 use crate::settlement::FailurePolicy;
-use crate::supervise::{Child, ChildSpec, Escalation, Family, RestartIntensity, Supervisor};
+use crate::supervise::{Child, ChildSpec, Escalation, Family, RestartIntensity, Supervisable, Supervisor};
 use crate::transport::TransportId;
 
 /// How a call of an endpoint goes on.
@@ -376,10 +376,7 @@ impl<A: Actor> fmt::Debug for ActorGroup<A> {
     }
 }
 
-impl<A> ActorGroup<A>
-where
-    A: Actor<Context = Context<A>> + Supervised,
-{
+impl<A: Supervisable> ActorGroup<A> {
     /// An actor built by `factory`, once per replica and again after a panic.
     pub fn new(factory: impl Fn() -> A + Send + Sync + 'static) -> Self {
         Self::from_spec(ChildSpec::new(factory))

@@ -18,13 +18,13 @@ use std::rc::Rc;
 use std::task::{Context as TaskContext, Poll, Waker};
 
 use actix::dev::{ContextFut, channel};
-use actix::{Actor, ActorContext, Addr, Context, Supervised};
+use actix::{ActorContext, Addr, Context};
 use futures::future::LocalBoxFuture;
 use tokio::sync::oneshot;
 use tokio::time::Sleep;
 
 use crate::backoff::BackoffOptions;
-use crate::supervise::{Child, ChildSpec, RestartPolicy, panic_text, with_factory};
+use crate::supervise::{Child, ChildSpec, RestartPolicy, Supervisable, panic_text, with_factory};
 
 /// Tells the supervisor that a member has ended: with the cause if it did not stop itself.
 pub(crate) type Ended = Box<dyn Fn(Option<String>)>;
@@ -59,7 +59,7 @@ pub(crate) trait Member {
 /// One actor. Clones are the same one.
 pub(crate) struct Slot<A>
 where
-    A: Actor<Context = Context<A>> + Supervised,
+    A: Supervisable,
 {
     spec: Rc<ChildSpec<A>>,
     place: Child,
@@ -68,7 +68,7 @@ where
 
 struct Inner<A>
 where
-    A: Actor<Context = Context<A>> + Supervised,
+    A: Supervisable,
 {
     /// Gone once closed.
     future: Option<ContextFut<A, Context<A>>>,
@@ -86,7 +86,7 @@ enum Phase {
 
 impl<A> Clone for Slot<A>
 where
-    A: Actor<Context = Context<A>> + Supervised,
+    A: Supervisable,
 {
     fn clone(&self) -> Self {
         Self { spec: Rc::clone(&self.spec), place: self.place.clone(), inner: Rc::clone(&self.inner) }
@@ -95,7 +95,7 @@ where
 
 impl<A> Slot<A>
 where
-    A: Actor<Context = Context<A>> + Supervised,
+    A: Supervisable,
 {
     /// Builds the actor; a panic of its factory is the caller's.
     pub(crate) fn new(spec: ChildSpec<A>, place: Child) -> (Self, Addr<A>) {
@@ -115,7 +115,7 @@ where
 
 impl<A> Member for Slot<A>
 where
-    A: Actor<Context = Context<A>> + Supervised,
+    A: Supervisable,
 {
     fn place(&self) -> &Child {
         &self.place
@@ -184,7 +184,8 @@ where
         let future = self.inner.borrow_mut().future.take();
         // Destructors are the user's code.
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| drop(future))) {
-            tracing::error!(target: "martlet", child = %self.place.name(), "panicked while it ended: {}", panic_text(panic));
+            let (child, cause) = (self.place.name(), panic_text(panic));
+            tracing::error!(target: "martlet", %child, "panicked while it ended: {cause}");
         }
         self.wake();
         Box::pin(std::future::ready(()))
@@ -194,7 +195,7 @@ where
 /// The task that runs a slot's actor.
 struct Running<A>
 where
-    A: Actor<Context = Context<A>> + Supervised,
+    A: Supervisable,
 {
     inner: Rc<RefCell<Inner<A>>>,
     ended: Ended,
@@ -202,7 +203,7 @@ where
 
 impl<A> Future for Running<A>
 where
-    A: Actor<Context = Context<A>> + Supervised,
+    A: Supervisable,
 {
     type Output = ();
 

@@ -218,7 +218,7 @@ impl Microservice {
                 events: self.events,
                 app,
                 root,
-                servers: Mutex::default(),
+                serving: Mutex::default(),
                 grace: self.grace,
                 escalation,
                 escalate,
@@ -240,6 +240,9 @@ impl Microservice {
     ///
     /// As [`start`](Self::start).
     pub async fn run(self) -> Result<ServiceReport, StartError> {
+        if self.servers.is_empty() {
+            tracing::warn!(target: "martlet", "the service has no transporter and cannot be reached: add one with `server`");
+        }
         let service = self.start().await?;
         service.run_until(shutdown_signal()).await
     }
@@ -320,12 +323,19 @@ struct Inner {
     events: EventBus,
     app: Arc<AppData>,
     root: Child,
-    servers: Mutex<Vec<ServerHandle>>,
+    serving: Mutex<Serving>,
     grace: Duration,
     escalation: Arc<Escalated>,
     escalate: EscalateFn,
     stopped: watch::Sender<Option<Arc<ServiceReport>>>,
     stopping: tokio::sync::Mutex<()>,
+}
+
+/// The transporters, and whether a stop has begun.
+#[derive(Default)]
+struct Serving {
+    servers: Vec<ServerHandle>,
+    over: bool,
 }
 
 impl fmt::Debug for RunningService {
@@ -384,7 +394,11 @@ impl RunningService {
     ///
     /// # Errors
     ///
-    /// When it cannot start.
+    /// When it cannot start; [`StartError::Stopped`] when the service stops or has stopped.
+    ///
+    /// # Cancel safety
+    ///
+    /// Not cancel safe: dropping the future may leave the transporter running until the system ends.
     pub async fn serve(&self, server: Server) -> Result<ServerHandle, StartError> {
         let env = ServerEnvironment {
             registry: self.inner.registry.clone(),
@@ -394,8 +408,20 @@ impl RunningService {
             child: self.inner.root.clone(),
             escalate: self.inner.escalate.clone(),
         };
+        if self.inner.serving.lock().over {
+            return Err(StartError::Stopped);
+        }
         let handle = server.start(env).await?;
-        self.inner.servers.lock().push(handle.clone());
+        let over = {
+            let mut serving = self.inner.serving.lock();
+            serving.servers.push(handle.clone());
+            serving.over
+        };
+        if over {
+            // A stop that began meanwhile does not know it.
+            handle.stop(Duration::ZERO).await;
+            return Err(StartError::Stopped);
+        }
         Ok(handle)
     }
 
@@ -406,7 +432,7 @@ impl RunningService {
 
     /// The transporters it serves on.
     pub fn servers(&self) -> Vec<ServerHandle> {
-        self.inner.servers.lock().clone()
+        self.inner.serving.lock().servers.clone()
     }
 
     /// The URL of the first transporter, with the real port.
@@ -423,7 +449,8 @@ impl RunningService {
         self.inner.app.clients.get(name).cloned().ok_or_else(|| {
             let mut declared: Vec<_> = self.inner.app.clients.keys().cloned().collect();
             declared.sort();
-            StartError::UnknownClient { name: name.to_owned(), declared: declared.join(", ") }
+            let declared = if declared.is_empty() { "none".to_owned() } else { declared.join(", ") };
+            StartError::UnknownClient { name: name.to_owned(), declared }
         })
     }
 
@@ -494,7 +521,11 @@ impl RunningService {
             return report.clone();
         }
         let began = tokio::time::Instant::now();
-        let servers = self.servers();
+        let servers = {
+            let mut serving = self.inner.serving.lock();
+            serving.over = true;
+            serving.servers.clone()
+        };
         let servers = futures::future::join_all(servers.iter().map(|server| server.stop(grace))).await;
         for client in self.inner.app.clients.values() {
             client.close().await;

@@ -62,6 +62,7 @@ impl Registry {
             tables: HashMap::new(),
             transports: Vec::new(),
             next: 0,
+            over: false,
         };
         Self { actor: actor.start() }
     }
@@ -99,7 +100,7 @@ impl Registry {
         self.actor.send(Report).await.map_err(|_| StartError::Stopped)
     }
 
-    /// Takes back all registrations, in reverse order: when the service stops.
+    /// Takes back all registrations, in reverse order, and takes no more: when the service stops.
     pub(crate) async fn release(&self) {
         // Stopped already: there are none.
         let _ = self.actor.send(Release).await;
@@ -129,6 +130,8 @@ pub(crate) struct RegistryActor {
     /// What the servers speak.
     transports: Vec<TransportInfo>,
     next: u64,
+    /// The service has stopped.
+    over: bool,
 }
 
 #[derive(Default)]
@@ -227,6 +230,7 @@ impl Handler<Release> for RegistryActor {
     type Result = ();
 
     fn handle(&mut self, _: Release, _ctx: &mut Self::Context) {
+        self.over = true;
         while let Some((_, group)) = self.groups.pop_last() {
             drop(group);
         }
@@ -268,8 +272,11 @@ impl RegistryActor {
         self.groups.values().flat_map(|group| &group.handlers)
     }
 
-    /// Refuses a second message handler for a route, wherever both would be reachable.
+    /// Refuses a second message handler for a route, wherever both would be reachable, and anything after the stop.
     fn check(&self, groups: &[HandlerGroup]) -> Result<(), StartError> {
+        if self.over {
+            return Err(StartError::Stopped);
+        }
         let mut have: HashMap<&Route, Vec<&HandlerInfo>> = HashMap::new();
         let new = groups.iter().flat_map(HandlerGroup::handlers);
         for info in new.filter(|info| info.kind == HandlerKind::Message) {

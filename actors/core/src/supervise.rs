@@ -304,10 +304,19 @@ impl<A> fmt::Debug for ChildSpec<A> {
     }
 }
 
-impl<A> ChildSpec<A>
-where
-    A: Actor<Context = Context<A>> + Supervised,
-{
+/// An actor that can be supervised: with actix's plain `Context`, and `Supervised` as the derive macro writes it.
+/// Implemented for all of them.
+#[diagnostic::on_unimplemented(
+    message = "the actor `{Self}` cannot be supervised",
+    label = "not a supervised actor",
+    note = "derive `martlet::Supervised` for it: after a panic it is replaced by a fresh one from its factory",
+    note = "its context must be `actix::Context<Self>`"
+)]
+pub trait Supervisable: Actor<Context = Context<Self>> + Supervised {}
+
+impl<A: Actor<Context = Context<A>> + Supervised> Supervisable for A {}
+
+impl<A: Supervisable> ChildSpec<A> {
     /// A permanent child with the default intensity, a backoff from 10 ms to 1 s, a shutdown time of 5 s and a mailbox
     /// of 1024.
     pub fn new(factory: impl Fn() -> A + Send + Sync + 'static) -> Self {

@@ -21,7 +21,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use actix::{Actor, Addr, Context, Supervised};
+use actix::{Actor, Addr};
 use futures::future::LocalBoxFuture;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -30,7 +30,9 @@ use tokio::time::Instant;
 use crate::backoff::{Backoff, BackoffOptions};
 use crate::events::{EventBus, ServiceEvent};
 use crate::member::{Ended, Member, Slot};
-use crate::supervise::{Child, ChildSpec, ChildState, RestartIntensity, RestartPolicy, RestartWindow};
+use crate::supervise::{
+    Child, ChildSpec, ChildState, RestartIntensity, RestartPolicy, RestartWindow, Supervisable,
+};
 
 /// Which children begin again when one of them has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -58,8 +60,8 @@ pub enum Strategy {
 /// - A child that is not begun again (transient and stopped itself; temporary) is over: its address is closed, its
 ///   siblings are not disturbed, and their restarts do not bring it back. A temporary child that is stopped for a
 ///   sibling's sake is over, too.
-/// - Every end that leads to a restart counts against one [`RestartIntensity`]. One too many, and the supervisor stops all its children and
-///   has failed itself: towards its own supervisor like a child that panicked, or, at the top, as
+/// - Every end that leads to a restart counts against one [`RestartIntensity`]. One too many, and the supervisor stops
+///   all its children and has failed itself: towards its own supervisor like a child that panicked, or, at the top, as
 ///   [`start`](Self::start)'s `on_give_up`.
 /// - A supervisor that is begun again by its own counts from zero.
 ///
@@ -168,7 +170,7 @@ impl Supervisor {
         spec: impl Fn(&Siblings<'_>) -> ChildSpec<A> + Send + Sync + 'static,
     ) -> Self
     where
-        A: Actor<Context = Context<A>> + Supervised,
+        A: Supervisable,
     {
         self.add(name.into(), "actor", move |plot, place| {
             let spec = spec(&Siblings { plot });
@@ -283,7 +285,7 @@ impl Siblings<'_> {
 }
 
 /// Running children of a [`Supervisor`]. Clones are the same family; when the last one is dropped, the children are
-/// stopped in reverse order.
+/// stopped in reverse order. The handle stays on the arbiter where the family was started; addresses may go anywhere.
 #[derive(Clone)]
 pub struct Family {
     inner: Rc<FamilyInner>,
@@ -350,7 +352,7 @@ pub(crate) fn start_alone<A>(
     on_give_up: Box<dyn FnOnce(String)>,
 ) -> Addr<A>
 where
-    A: Actor<Context = Context<A>> + Supervised,
+    A: Supervisable,
 {
     let RestartIntensity { max_restarts, within } = spec.intensity;
     let supervisor = Supervisor::new(Strategy::OneForOne).intensity(max_restarts, within);
@@ -457,7 +459,10 @@ impl Branch {
                     return Some(cause);
                 }
                 // Nobody is left, and nobody can come.
-                (None, None) if self.members.iter().all(|member| member.over) => return None,
+                (None, None) if self.members.iter().all(|member| member.over) => {
+                    self.close().await;
+                    return None;
+                }
                 _ => {}
             }
             let due = self.pending.iter().map(|pending| pending.at).min();
@@ -536,13 +541,13 @@ impl Branch {
         if !self.window.allow(now) {
             return self.give_up(number, cause).await;
         }
-        let first = match self.strategy {
+        let taken = match self.strategy {
             Strategy::OneForOne => number..number + 1,
             Strategy::OneForAll => 0..self.members.len(),
             Strategy::RestForOne => number..self.members.len(),
         };
         let why = format!("{} ended: {cause}", place.name());
-        for other in first.clone().rev().filter(|other| *other != number) {
+        for other in taken.clone().rev().filter(|other| *other != number) {
             let it = &mut self.members[other];
             if it.over {
                 continue;
@@ -558,8 +563,8 @@ impl Branch {
         }
         place.failed_with(ChildState::Restarting, &cause);
         // Those that waited already wait for this one now.
-        self.pending.retain(|pending| !pending.members.iter().any(|member| first.contains(member)));
-        self.pending.push(Pending { at: Instant::now() + pause, members: first.collect(), cause });
+        self.pending.retain(|pending| !pending.members.iter().any(|member| taken.contains(member)));
+        self.pending.push(Pending { at: Instant::now() + pause, members: taken.collect(), cause });
     }
 
     async fn restart_due(&mut self) {

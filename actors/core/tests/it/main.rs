@@ -6,6 +6,7 @@
 mod confirmation;
 mod conformance;
 mod edges;
+mod extractors;
 mod faults;
 mod functions;
 mod memory;
