@@ -712,3 +712,53 @@ fn an_unrouted_family_stops() {
         service.stop(ms(100)).await;
     });
 }
+
+#[test]
+fn in_a_storm_of_ends_every_request_has_its_answer_and_all_are_back_at_its_end() {
+    for strategy in [Strategy::OneForOne, Strategy::OneForAll, Strategy::RestForOne] {
+        paused(async move {
+            let diary = Diary::default();
+            let below =
+                three(strategy, &diary, RestartPolicy::Permanent).intensity(20, Duration::from_secs(1));
+            let one = Arc::clone(&diary);
+            let family = Supervisor::new(strategy)
+                .intensity(1_000_000, Duration::from_secs(1))
+                .child("a", move |_| worker("top", &one))
+                .supervisor("below", below.backoff(BackoffOptions::fixed(ms(50))));
+            let children = ["a", "below/a", "below/b", "below/c"];
+            let group = children.into_iter().fold(SupervisorGroup::new("shop", family), |group, child| {
+                group.message::<Worker, Do>(child, child)
+            });
+            let group = group.build().supervision(|supervision| supervision.poison_after = 0);
+            let network = MemoryNetwork::new();
+            let service = Microservice::new().on_current_arbiter().handlers(group);
+            let service = service.server(MemoryServer::new(&network)).start().await.unwrap();
+            let client = MemoryClient::new(&network);
+            let calls = (0..2000_u64).map(|number| {
+                let client = client.clone();
+                async move {
+                    tokio::time::sleep(ms(number * 7 % 3000)).await;
+                    let what = ["Count", "Count", "Panic", "Count", "Stop", "Count"][number as usize % 6];
+                    client.send::<u64>(children[(number / 6) as usize % 4], what).no_timeout().await.is_ok()
+                }
+            });
+            let answers = futures::future::join_all(calls).await;
+            let answered = answers.iter().filter(|ok| **ok).count();
+            assert!(answered > 500 && answered < 2000, "{strategy:?}: {answered}");
+            tokio::time::sleep(ms(10_000)).await;
+            let tree = service.tree();
+            for child in ["top", "below", "b", "c"] {
+                let name = if child == "top" { "a" } else { child };
+                let found = tree.find("shop").unwrap().find(name).unwrap();
+                assert_eq!(found.state, ChildState::Running, "{strategy:?}: {found:?}");
+                assert!(found.restarts > 0, "{strategy:?}: {found:?}");
+            }
+            for child in children {
+                assert!(client.send::<u64>(child, "Count").await.is_ok(), "{strategy:?}: {child}");
+            }
+            assert_eq!(client.occupied(), 0);
+            client.close().await;
+            assert!(service.stop(ms(1000)).await.clean);
+        });
+    }
+}
