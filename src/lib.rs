@@ -50,6 +50,13 @@ pub mod mqtt {
     pub use martlet_mqtt::*;
 }
 
+/// The code in the documentation, compiled and run as doctests.
+#[cfg(all(doctest, feature = "macros", feature = "tcp"))]
+mod documents {
+    #[doc = include_str!("../docs/migrating.md")]
+    mod migrating {}
+}
+
 /// A [`Pattern`] from a JSON object, or from anything that is `Into<Pattern>`.
 ///
 /// It cannot fail: an object is always a pattern, and what is none (an array, `true`, `null`) does not compile.

@@ -9,8 +9,8 @@ use clap::Args;
 use martlet::microservice::shutdown_signal;
 use martlet::reply::Reply;
 use martlet::{
-    MessageKind, Microservice, Payload, Request, RpcError, ServiceEvent, Transport, TransportKind, event,
-    message,
+    MessageKind, Microservice, Pattern, Payload, Request, RpcError, ServiceEvent, Transport, TransportKind,
+    event, message,
 };
 use serde_json::value::RawValue;
 use tokio::sync::Notify;
@@ -107,8 +107,13 @@ pub(super) async fn listen(args: ListenArgs, out: Output) -> Result<(), Failure>
         .on_current_arbiter()
         .server(transport.into_server()?)
         .on(move |happened| note(&noting, happened));
-    for pattern in &args.pattern {
-        let pattern = input::pattern(pattern)?;
+    let mut patterns = Vec::<Pattern>::new();
+    for text in &args.pattern {
+        let pattern = input::pattern(text)?;
+        if patterns.iter().any(|other| other.route() == pattern.route()) {
+            return Err(Failure::usage(format!("pattern {text} is given twice")));
+        }
+        patterns.push(pattern.clone());
         let listening = Arc::clone(&listening);
         let handler = move |request: Request| {
             let listening = Arc::clone(&listening);

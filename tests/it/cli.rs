@@ -336,6 +336,7 @@ fn a_wrong_command_line_is_explained() {
     check(&["send", &url], &["PATTERN"]);
     check(&["snd"], &["send"]);
     check(&["listen", &url, "a", "--reply", "x"], &["not JSON"]);
+    check(&["listen", &url, r#"{"a":1,"b":2}"#, r#"{"b":2,"a":1}"#], &["is given twice"]);
     check(&["bench", &url, "--expect", "x"], &["not JSON"]);
 }
 

@@ -7,6 +7,8 @@ mod brokers;
 #[cfg(all(feature = "cli", feature = "tcp"))]
 mod cli;
 mod config;
+#[cfg(all(feature = "macros", feature = "tcp"))]
+mod migrating;
 #[cfg(all(feature = "tcp", feature = "redis", feature = "mqtt"))]
 mod together;
 mod url;

@@ -109,8 +109,9 @@ where
 #[diagnostic::on_unimplemented(
     message = "this function cannot be a handler",
     label = "not a handler",
-    note = "a handler takes at most eight arguments, each of which implements `FromRequest` (such as `Data<T>`)",
-    note = "a handler returns `Result<R, E>` where `R: IntoReply` and `E: Into<RpcError>`, or a stream of `T` or of `Result<T, E>` where `T: Serialize`, or nothing; it may be async"
+    note = "a handler takes at most eight arguments, each of which implements `FromRequest`: the payload as `Data<T>` where `T: serde::Deserialize`, shared state as `State<T>`",
+    note = "a handler returns `Result<R, E>` where `R: serde::Serialize`, or a stream of `T` or of `Result<T, E>` where `T: serde::Serialize`, or nothing; it may be async",
+    note = "its error type is `RpcError`, or converts into it: derive `martlet::RpcError` for your own, or make others `martlet::Unexpected`"
 )]
 pub trait HandlerFn<Args>: Clone + Send + Sync + 'static {
     /// Calls it.

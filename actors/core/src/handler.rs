@@ -16,9 +16,10 @@ use std::panic::Location;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use actix::{Actor, Addr, Context, Handler, Message, Supervised};
+use actix::{Actor, Addr, Context, Handler, Message};
 use futures::future::LocalBoxFuture;
 use serde::de::DeserializeOwned;
+use tokio::sync::watch;
 
 use crate::error::RpcError;
 use crate::events::EventBus;
@@ -28,7 +29,7 @@ use crate::reply::{HandlerResult, IntoReply, Reply, Streaming, TryStreaming};
 use crate::request::{Request, bad_payload};
 use crate::route::{HandlerInfo, HandlerKind};
 use crate::settlement::FailurePolicy;
-use crate::supervise::{Child, ChildSpec, Escalation, RestartIntensity};
+use crate::supervise::{Child, ChildSpec, Escalation, Family, RestartIntensity, Supervisable, Supervisor};
 use crate::transport::TransportId;
 
 /// How a call of an endpoint goes on.
@@ -80,6 +81,8 @@ pub struct ReplicaContext {
     /// Where it reports.
     pub events: EventBus,
     pub(crate) escalate: EscalateFn,
+    /// Families are counted by their subscriptions, so that a stop can wait for them.
+    pub(crate) families: Arc<watch::Sender<()>>,
 }
 
 #[derive(Clone)]
@@ -373,10 +376,7 @@ impl<A: Actor> fmt::Debug for ActorGroup<A> {
     }
 }
 
-impl<A> ActorGroup<A>
-where
-    A: Actor<Context = Context<A>> + Supervised,
-{
+impl<A: Supervisable> ActorGroup<A> {
     /// An actor built by `factory`, once per replica and again after a panic.
     pub fn new(factory: impl Fn() -> A + Send + Sync + 'static) -> Self {
         Self::from_spec(ChildSpec::new(factory))
@@ -387,10 +387,9 @@ where
         Self::supervising(move |_| spec.clone())
     }
 
-    /// An actor that knows its own place, so that it can supervise others: in `started` it starts them as children of
-    /// that place, with [`ChildSpec::start`], and in their `on_give_up` it decides. A parent that panics when a child
-    /// gave up begins anew with fresh children, counts that against its own intensity, and escalates in its turn;
-    /// levels of it make a tree. Children end with the parent's state that holds their addresses.
+    /// An actor that knows its own place, so that it can start others there: with [`ChildSpec::start`], whose
+    /// `on_give_up` leaves to it what follows, or as a [`Supervisor`]'s family. For children that are known beforehand
+    /// there is [`SupervisorGroup`]. Children end with the parent's state that holds their addresses or their family.
     ///
     /// # Examples
     ///
@@ -529,7 +528,7 @@ where
             forwards
                 .iter()
                 .map(|forward| {
-                    let routed = Routed { forward: forward(address.clone()), _place: place.clone() };
+                    let routed = Routed { forward: forward(address.clone()), _kept: place.clone() };
                     Box::new(routed) as Box<dyn Endpoint>
                 })
                 .collect()
@@ -537,15 +536,147 @@ where
     }
 }
 
-/// A route to an actor. Keeps the actor's place in the tree, so that one that gave up is still seen there.
-struct Routed {
+/// A route to an actor, and what lives as long as it: the actor's place in the tree, so that one that gave up is
+/// still seen there, or the family it belongs to.
+struct Routed<K> {
     forward: Box<dyn Endpoint>,
-    _place: Child,
+    _kept: K,
 }
 
-impl Endpoint for Routed {
+impl<K: 'static> Endpoint for Routed<K> {
     fn call(&self, request: Request) -> Outcome {
         self.forward.call(request)
+    }
+}
+
+/// Handler actors under one [`Supervisor`]: a family per replica, with routes to its children.
+///
+/// The family stands below the group in the supervision tree. When it gives up, its routes answer errors and
+/// [`HandlerSupervision::escalation`] decides whether the service goes on. When the group is unrouted, or the service
+/// stops, the children are stopped in reverse order.
+///
+/// # Examples
+///
+/// ```
+/// use actix::prelude::*;
+/// use martlet_core::handler::SupervisorGroup;
+/// use martlet_core::supervise::{ChildSpec, Strategy, Supervisor};
+/// # use martlet_core::RpcError;
+/// # #[derive(Default)]
+/// # struct Ledger;
+/// # impl Actor for Ledger { type Context = Context<Self>; }
+/// # impl Supervised for Ledger {}
+/// # struct Till(Addr<Ledger>);
+/// # impl Actor for Till { type Context = Context<Self>; }
+/// # impl Supervised for Till {}
+/// # #[derive(serde::Deserialize, Message)]
+/// # #[rtype(result = "Result<u64, RpcError>")]
+/// # struct Coin(u64);
+/// # impl Handler<Coin> for Till {
+/// #     type Result = Result<u64, RpcError>;
+/// #     fn handle(&mut self, coin: Coin, _: &mut Context<Self>) -> Self::Result { Ok(coin.0) }
+/// # }
+///
+/// let shop = Supervisor::new(Strategy::RestForOne).child("ledger", |_| ChildSpec::new(Ledger::default)).child(
+///     "till",
+///     |siblings| {
+///         let ledger = siblings.address::<Ledger>("ledger");
+///         ChildSpec::new(move || Till(ledger.clone()))
+///     },
+/// );
+/// let shop = SupervisorGroup::new("shop", shop).message::<Till, Coin>("till", "coin").build().singleton();
+/// ```
+pub struct SupervisorGroup {
+    name: Arc<str>,
+    supervisor: Supervisor,
+    handlers: Vec<HandlerInfo>,
+    forwards: Vec<FamilyForward>,
+}
+
+type FamilyForward = Arc<dyn Fn(&Family) -> Box<dyn Endpoint> + Send + Sync>;
+
+impl fmt::Debug for SupervisorGroup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SupervisorGroup")
+            .field("supervisor", &self.supervisor)
+            .field("handlers", &self.handlers)
+            .finish_non_exhaustive()
+    }
+}
+
+impl SupervisorGroup {
+    /// A family by its name in the supervision tree, without routes.
+    pub fn new(name: impl Into<Arc<str>>, supervisor: Supervisor) -> Self {
+        Self { name: name.into(), supervisor, handlers: Vec::new(), forwards: Vec::new() }
+    }
+
+    /// Routes a pattern to the handler for `M` of a child, by the child's name (`supervisor/child` for one below a
+    /// supervisor of the family). No child of that name and type: [`StartError::Panicked`](crate::StartError::Panicked)
+    /// at start, which names those there are.
+    #[track_caller]
+    #[must_use]
+    pub fn message<A, M>(self, child: &str, pattern: impl Into<Pattern>) -> Self
+    where
+        A: Actor<Context = Context<A>> + Handler<M>,
+        M: Message + DeserializeOwned + Send + 'static,
+        M::Result: IntoOutcome + Send,
+        <A as Actor>::Context: actix::dev::ToEnvelope<A, M>,
+    {
+        self.add::<A, M>(HandlerKind::Message, child, pattern.into())
+    }
+
+    /// Routes an event pattern to the handler for `M` of a child; see [`message`](Self::message).
+    #[track_caller]
+    #[must_use]
+    pub fn event<A, M>(self, child: &str, pattern: impl Into<Pattern>) -> Self
+    where
+        A: Actor<Context = Context<A>> + Handler<M>,
+        M: Message + DeserializeOwned + Send + 'static,
+        M::Result: IntoOutcome + Send,
+        <A as Actor>::Context: actix::dev::ToEnvelope<A, M>,
+    {
+        self.add::<A, M>(HandlerKind::Event, child, pattern.into())
+    }
+
+    #[track_caller]
+    fn add<A, M>(mut self, kind: HandlerKind, child: &str, pattern: Pattern) -> Self
+    where
+        A: Actor<Context = Context<A>> + Handler<M>,
+        M: Message + DeserializeOwned + Send + 'static,
+        M::Result: IntoOutcome + Send,
+        <A as Actor>::Context: actix::dev::ToEnvelope<A, M>,
+    {
+        let child = child.to_owned();
+        let info = HandlerInfo::new(format!("{child}::{}", short_name::<M>()), kind, pattern);
+        self.handlers.push(info);
+        self.forwards.push(Arc::new(move |family| {
+            let Some(address) = family.address::<A>(&child) else {
+                let (wanted, known) = (short_name::<A>(), family.children().join(", "));
+                panic!("the family has no `{wanted}` named `{child}` to route to; its children are: {known}");
+            };
+            let read = |request: &Request| request.data::<M>().map_err(bad_payload);
+            Box::new(forward_endpoint(address.recipient(), read))
+        }));
+        self
+    }
+
+    /// The group to register.
+    pub fn build(self) -> HandlerGroup {
+        let Self { name, supervisor, handlers, forwards } = self;
+        let of = Arc::clone(&name);
+        HandlerGroup::from_parts(name, handlers, move |context| {
+            let (escalate, running) = (context.escalate.clone(), context.families.subscribe());
+            let place = context.child.child(Arc::clone(&of), "supervisor");
+            let family = supervisor.start(place, context.events.clone(), move |cause| {
+                drop(running);
+                (escalate.0)(cause);
+            });
+            let route = |forward: &FamilyForward| {
+                let routed = Routed { forward: forward(&family), _kept: family.clone() };
+                Box::new(routed) as Box<dyn Endpoint>
+            };
+            forwards.iter().map(route).collect()
+        })
     }
 }
 

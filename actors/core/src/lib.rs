@@ -17,6 +17,7 @@ pub mod headers;
 mod in_flight;
 pub mod interceptor;
 pub mod json;
+mod member;
 pub mod microservice;
 pub mod msgpack;
 pub mod options;
@@ -37,6 +38,7 @@ mod session;
 pub mod settlement;
 pub mod status;
 pub mod supervise;
+mod supervisor;
 #[cfg(feature = "tower")]
 pub mod tower;
 pub mod trace;
@@ -47,7 +49,8 @@ pub use error::{CallError, RemoteError, RpcError, SessionError, SessionErrorKind
 pub use events::{EventBus, ServiceEvent};
 pub use function::{event, message};
 pub use handler::{
-    ActorGroup, Controller, Endpoint, HandlerDef, HandlerGroup, Outcome, Placement, event_to, message_to,
+    ActorGroup, Controller, Endpoint, HandlerDef, HandlerGroup, Outcome, Placement, SupervisorGroup,
+    event_to, message_to,
 };
 pub use headers::Headers;
 pub use interceptor::{Interceptor, Interceptors, Next};

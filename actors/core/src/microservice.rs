@@ -34,6 +34,9 @@ use crate::supervise::{Child, ChildState, TreeReport};
 /// How long a stopping service waits for what it has taken: NestJS's `gracePeriod` default.
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 
+/// What supervised families have to stop in, even when the grace period is over.
+const LEAST_FAMILY_GRACE: Duration = Duration::from_millis(100);
+
 /// Composes a service.
 #[must_use = "a service does nothing until it is started or run"]
 pub struct Microservice {
@@ -189,12 +192,14 @@ impl Microservice {
             EscalateFn(Arc::new(move |cause| escalation.raise(cause)))
         };
         let registry_child = root.child("registry", "registry");
+        let families = Arc::new(watch::Sender::new(()));
         let registry = Registry::start(
             arbiters.clone(),
             self.events.clone(),
             registry_child.clone(),
             self.interceptors.into(),
             escalate.clone(),
+            Arc::clone(&families),
         );
         let clients = self.app.clients.iter().map(|(name, client)| {
             let child = root.child(name.as_str(), "client");
@@ -207,12 +212,13 @@ impl Microservice {
             inner: Arc::new(Inner {
                 registry,
                 registry_child,
+                families,
                 clients,
                 arbiters,
                 events: self.events,
                 app,
                 root,
-                servers: Mutex::default(),
+                serving: Mutex::default(),
                 grace: self.grace,
                 escalation,
                 escalate,
@@ -234,6 +240,9 @@ impl Microservice {
     ///
     /// As [`start`](Self::start).
     pub async fn run(self) -> Result<ServiceReport, StartError> {
+        if self.servers.is_empty() {
+            tracing::warn!(target: "martlet", "the service has no transporter and cannot be reached: add one with `server`");
+        }
         let service = self.start().await?;
         service.run_until(shutdown_signal()).await
     }
@@ -306,18 +315,27 @@ pub struct RunningService {
 struct Inner {
     registry: Registry,
     registry_child: Child,
+    /// Supervisors' families at work are subscribed.
+    families: Arc<watch::Sender<()>>,
     /// The clients' places in the tree.
     clients: Vec<Child>,
     arbiters: Arbiters,
     events: EventBus,
     app: Arc<AppData>,
     root: Child,
-    servers: Mutex<Vec<ServerHandle>>,
+    serving: Mutex<Serving>,
     grace: Duration,
     escalation: Arc<Escalated>,
     escalate: EscalateFn,
     stopped: watch::Sender<Option<Arc<ServiceReport>>>,
     stopping: tokio::sync::Mutex<()>,
+}
+
+/// The transporters, and whether a stop has begun.
+#[derive(Default)]
+struct Serving {
+    servers: Vec<ServerHandle>,
+    over: bool,
 }
 
 impl fmt::Debug for RunningService {
@@ -376,7 +394,11 @@ impl RunningService {
     ///
     /// # Errors
     ///
-    /// When it cannot start.
+    /// When it cannot start; [`StartError::Stopped`] when the service stops or has stopped.
+    ///
+    /// # Cancel safety
+    ///
+    /// Not cancel safe: dropping the future may leave the transporter running until the system ends.
     pub async fn serve(&self, server: Server) -> Result<ServerHandle, StartError> {
         let env = ServerEnvironment {
             registry: self.inner.registry.clone(),
@@ -386,8 +408,20 @@ impl RunningService {
             child: self.inner.root.clone(),
             escalate: self.inner.escalate.clone(),
         };
+        if self.inner.serving.lock().over {
+            return Err(StartError::Stopped);
+        }
         let handle = server.start(env).await?;
-        self.inner.servers.lock().push(handle.clone());
+        let over = {
+            let mut serving = self.inner.serving.lock();
+            serving.servers.push(handle.clone());
+            serving.over
+        };
+        if over {
+            // A stop that began meanwhile does not know it.
+            handle.stop(Duration::ZERO).await;
+            return Err(StartError::Stopped);
+        }
         Ok(handle)
     }
 
@@ -398,7 +432,7 @@ impl RunningService {
 
     /// The transporters it serves on.
     pub fn servers(&self) -> Vec<ServerHandle> {
-        self.inner.servers.lock().clone()
+        self.inner.serving.lock().servers.clone()
     }
 
     /// The URL of the first transporter, with the real port.
@@ -415,7 +449,8 @@ impl RunningService {
         self.inner.app.clients.get(name).cloned().ok_or_else(|| {
             let mut declared: Vec<_> = self.inner.app.clients.keys().cloned().collect();
             declared.sort();
-            StartError::UnknownClient { name: name.to_owned(), declared: declared.join(", ") }
+            let declared = if declared.is_empty() { "none".to_owned() } else { declared.join(", ") };
+            StartError::UnknownClient { name: name.to_owned(), declared }
         })
     }
 
@@ -469,7 +504,8 @@ impl RunningService {
     }
 
     /// Stops the service in order: the transporters stop taking work, what was taken finishes (or the
-    /// grace period ends), replies are flushed, sessions closed; then the clients, then the threads.
+    /// grace period ends), replies are flushed, sessions closed; then the clients, then the handlers (the children of
+    /// a [`SupervisorGroup`](crate::handler::SupervisorGroup) one by one, in reverse order), then the threads.
     /// A second stop waits for the first.
     ///
     /// # Cancel safety
@@ -484,12 +520,23 @@ impl RunningService {
         if let Some(report) = self.inner.stopped.borrow().as_deref() {
             return report.clone();
         }
-        let servers = self.servers();
+        let began = tokio::time::Instant::now();
+        let servers = {
+            let mut serving = self.inner.serving.lock();
+            serving.over = true;
+            serving.servers.clone()
+        };
         let servers = futures::future::join_all(servers.iter().map(|server| server.stop(grace))).await;
         for client in self.inner.app.clients.values() {
             client.close().await;
         }
         self.inner.clients.iter().for_each(|child| child.set_state(ChildState::Stopped));
+        self.inner.registry.release().await;
+        // Supervisors stop their children in order; what was abandoned may still hold them.
+        let left = grace.saturating_sub(began.elapsed()).max(LEAST_FAMILY_GRACE);
+        if tokio::time::timeout(left, self.inner.families.closed()).await.is_err() {
+            tracing::warn!(target: "martlet", "supervised actors had not stopped within {left:?} and were dropped");
+        }
         self.inner.registry_child.set_state(ChildState::Stopped);
         self.inner.root.set_state(ChildState::Stopped);
         self.inner.arbiters.stop().await;

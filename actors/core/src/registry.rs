@@ -48,8 +48,10 @@ impl Registry {
         child: Child,
         global: Arc<[Arc<dyn Interceptor>]>,
         escalate: EscalateFn,
+        families: Arc<watch::Sender<()>>,
     ) -> Self {
         let actor = RegistryActor {
+            families,
             arbiters,
             events,
             child,
@@ -60,6 +62,7 @@ impl Registry {
             tables: HashMap::new(),
             transports: Vec::new(),
             next: 0,
+            over: false,
         };
         Self { actor: actor.start() }
     }
@@ -97,6 +100,12 @@ impl Registry {
         self.actor.send(Report).await.map_err(|_| StartError::Stopped)
     }
 
+    /// Takes back all registrations, in reverse order, and takes no more: when the service stops.
+    pub(crate) async fn release(&self) {
+        // Stopped already: there are none.
+        let _ = self.actor.send(Release).await;
+    }
+
     pub(crate) async fn watch(
         &self,
         transport: TransportInfo,
@@ -110,6 +119,7 @@ pub(crate) struct RegistryActor {
     arbiters: Arbiters,
     events: EventBus,
     child: Child,
+    families: Arc<watch::Sender<()>>,
     global: Arc<[Arc<dyn Interceptor>]>,
     escalate: EscalateFn,
     /// In registration order.
@@ -120,6 +130,8 @@ pub(crate) struct RegistryActor {
     /// What the servers speak.
     transports: Vec<TransportInfo>,
     next: u64,
+    /// The service has stopped.
+    over: bool,
 }
 
 #[derive(Default)]
@@ -142,6 +154,10 @@ struct Register {
 struct Unregister {
     id: RegistrationId,
 }
+
+#[derive(Message)]
+#[rtype(result = "()")]
+struct Release;
 
 #[derive(Message)]
 #[rtype(result = "Result<watch::Receiver<Arc<RouteTable>>, StartError>")]
@@ -171,6 +187,7 @@ impl Handler<Register> for RegistryActor {
             self.events.clone(),
             self.child.clone(),
             self.escalate.clone(),
+            Arc::clone(&self.families),
             Arc::clone(&self.global),
         );
         AtomicResponse::new(Box::pin(build.into_actor(self).map_ok(|registered, actor, _| {
@@ -209,6 +226,17 @@ impl Handler<Unregister> for RegistryActor {
     }
 }
 
+impl Handler<Release> for RegistryActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Release, _ctx: &mut Self::Context) {
+        self.over = true;
+        while let Some((_, group)) = self.groups.pop_last() {
+            drop(group);
+        }
+    }
+}
+
 impl Handler<Watch> for RegistryActor {
     type Result = actix::MessageResult<Watch>;
 
@@ -244,8 +272,11 @@ impl RegistryActor {
         self.groups.values().flat_map(|group| &group.handlers)
     }
 
-    /// Refuses a second message handler for a route, wherever both would be reachable.
+    /// Refuses a second message handler for a route, wherever both would be reachable, and anything after the stop.
     fn check(&self, groups: &[HandlerGroup]) -> Result<(), StartError> {
+        if self.over {
+            return Err(StartError::Stopped);
+        }
         let mut have: HashMap<&Route, Vec<&HandlerInfo>> = HashMap::new();
         let new = groups.iter().flat_map(HandlerGroup::handlers);
         for info in new.filter(|info| info.kind == HandlerKind::Message) {
@@ -324,6 +355,7 @@ async fn build_groups(
     events: EventBus,
     child: Child,
     escalate: EscalateFn,
+    families: Arc<watch::Sender<()>>,
     global: Arc<[Arc<dyn Interceptor>]>,
 ) -> Result<Registered, StartError> {
     let mut registered = Registered::default();
@@ -354,6 +386,7 @@ async fn build_groups(
                 child: place.clone(),
                 events: events.clone(),
                 escalate: escalate.clone(),
+                families: Arc::clone(&families),
             };
             let stats: Vec<Arc<HandlerStats>> = group.handlers.iter().map(|_| Arc::default()).collect();
             replica_stats.push(stats.clone());

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Supervision: actors rebuilt from their factory after a panic, behind the same address.
 //!
-//! The words are OTP's. A [`ChildSpec`] has a factory, a [`RestartPolicy`], a [`RestartIntensity`] and a
-//! backoff. A supervised actor runs inside a future of ours around actix's public `ContextFut`: a panic
+//! The words are OTP's. A [`ChildSpec`] has a factory, a [`RestartPolicy`], a [`RestartIntensity`], a backoff and
+//! a shutdown time; a [`Supervisor`] has several children in order, a [`Strategy`] and one intensity for all of
+//! them. A supervised actor runs inside a future of ours around actix's public `ContextFut` (`member.rs`): a panic
 //! in any of its handlers, timers or spawned futures is caught there, the state is replaced by a fresh one
 //! from the factory, and the mailbox goes on (messages that arrive meanwhile wait in it). The message that
-//! panicked is gone: its sender gets `MailboxError::Closed`, its route answers an error.
+//! panicked is gone: its sender gets `MailboxError::Closed`, its route answers an error. What follows an end is
+//! decided in one place (`supervisor.rs`), whether a child stands alone or has siblings.
 //!
 //! actix's own `Supervisor` restarts only after `ctx.stop()`, with the old state, at once and as often as
 //! asked; a panic ends it for good.
@@ -16,22 +18,19 @@ use std::any::Any;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fmt;
-use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
-use actix::dev::{ContextFut, channel};
 use actix::{Actor, Addr, Context, Supervised};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
-use crate::backoff::{Backoff, BackoffOptions};
-use crate::events::{EventBus, ServiceEvent};
+use crate::backoff::BackoffOptions;
+use crate::events::EventBus;
+pub use crate::supervisor::{Family, Siblings, Strategy, Supervisor};
 
 /// When a child that ended is started again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -163,7 +162,7 @@ struct NodeState {
 pub struct TreeReport {
     /// The child's name.
     pub name: String,
-    /// What it is: `service`, `registry`, `handlers`, `actor`, `connection`, `listener`, `client`.
+    /// What it is: `service`, `registry`, `handlers`, `supervisor`, `actor`, `connection`, `listener`, `client`.
     pub kind: &'static str,
     /// How it is.
     pub state: ChildState,
@@ -279,11 +278,12 @@ impl Node {
 
 /// How a supervised child is built and how its end is answered.
 pub struct ChildSpec<A> {
-    factory: Arc<dyn Fn() -> A + Send + Sync>,
-    policy: RestartPolicy,
-    intensity: RestartIntensity,
-    backoff: BackoffOptions,
-    mailbox_capacity: usize,
+    pub(crate) factory: Arc<dyn Fn() -> A + Send + Sync>,
+    pub(crate) policy: RestartPolicy,
+    pub(crate) intensity: RestartIntensity,
+    pub(crate) backoff: BackoffOptions,
+    pub(crate) shutdown: Duration,
+    pub(crate) mailbox_capacity: usize,
 }
 
 impl<A> Clone for ChildSpec<A> {
@@ -298,22 +298,34 @@ impl<A> fmt::Debug for ChildSpec<A> {
             .field("policy", &self.policy)
             .field("intensity", &self.intensity)
             .field("backoff", &self.backoff)
+            .field("shutdown", &self.shutdown)
             .field("mailbox_capacity", &self.mailbox_capacity)
             .finish_non_exhaustive()
     }
 }
 
-impl<A> ChildSpec<A>
-where
-    A: Actor<Context = Context<A>> + Supervised,
-{
-    /// A permanent child with the default intensity, a backoff from 10 ms to 1 s and a mailbox of 1024.
+/// An actor that can be supervised: with actix's plain `Context`, and `Supervised` as the derive macro writes it.
+/// Implemented for all of them.
+#[diagnostic::on_unimplemented(
+    message = "the actor `{Self}` cannot be supervised",
+    label = "not a supervised actor",
+    note = "derive `martlet::Supervised` for it: after a panic it is replaced by a fresh one from its factory",
+    note = "its context must be `actix::Context<Self>`"
+)]
+pub trait Supervisable: Actor<Context = Context<Self>> + Supervised {}
+
+impl<A: Actor<Context = Context<A>> + Supervised> Supervisable for A {}
+
+impl<A: Supervisable> ChildSpec<A> {
+    /// A permanent child with the default intensity, a backoff from 10 ms to 1 s, a shutdown time of 5 s and a mailbox
+    /// of 1024.
     pub fn new(factory: impl Fn() -> A + Send + Sync + 'static) -> Self {
         Self {
             factory: Arc::new(factory),
             policy: RestartPolicy::default(),
             intensity: RestartIntensity::default(),
             backoff: BackoffOptions::between(Duration::from_millis(10), Duration::from_secs(1)),
+            shutdown: Duration::from_secs(5),
             mailbox_capacity: 1024,
         }
     }
@@ -326,7 +338,8 @@ where
     }
 
     /// How many restarts in how long are allowed; one more and its supervisor gives up: the mailbox is
-    /// closed. Default: 10 in 10 s.
+    /// closed. Default: 10 in 10 s. It is that of a child started alone: in a [`Supervisor`], the supervisor's own
+    /// counts for all of its children.
     #[must_use]
     pub fn intensity(mut self, max_restarts: u32, within: Duration) -> Self {
         self.intensity = RestartIntensity { max_restarts, within };
@@ -338,6 +351,15 @@ where
     #[must_use]
     pub fn backoff(mut self, backoff: BackoffOptions) -> Self {
         self.backoff = backoff;
+        self
+    }
+
+    /// How long it may take to end when its [`Supervisor`] stops it: an actor whose `stopping` answers
+    /// `Running::Continue` has that long to finish what it does and to call `ctx.stop()` again; then it is dropped.
+    /// Default 5 s. (A child started alone ends when nobody has its address.)
+    #[must_use]
+    pub fn shutdown(mut self, time: Duration) -> Self {
+        self.shutdown = time;
         self
     }
 
@@ -355,28 +377,22 @@ where
     ///
     /// When the factory panics the first time, or outside of an actix system.
     pub fn start(self, child: Child, events: EventBus, on_give_up: impl FnOnce(String) + 'static) -> Addr<A> {
-        let (sender, receiver) = channel::channel(self.mailbox_capacity);
-        let address = Addr::new(sender);
-        let actor = (self.factory)();
-        let future = SupervisedFut {
-            future: Context::with_receiver(receiver).into_future(actor),
-            backoff: Backoff::new(self.backoff),
-            window: RestartWindow::new(self.intensity),
-            spec: self,
-            running_since: Instant::now(),
-            pause: None,
-            cause: String::new(),
-            child,
-            events,
-            on_give_up: Some(Box::new(on_give_up)),
-        };
-        actix_rt::spawn(future);
-        address
+        crate::supervisor::start_alone(self, child, events, Box::new(on_give_up))
     }
 }
 
 thread_local! {
     static FACTORY: RefCell<Option<Box<dyn Any>>> = const { RefCell::new(None) };
+}
+
+/// Runs `restart` with the factory at hand for [`rebuilt`], and says whether it was used.
+pub(crate) fn with_factory<A: 'static, T>(
+    factory: &Arc<dyn Fn() -> A + Send + Sync>,
+    restart: impl FnOnce() -> T,
+) -> (T, bool) {
+    FACTORY.set(Some(Box::new(Arc::clone(factory))));
+    let restarted = restart();
+    (restarted, FACTORY.take().is_none())
 }
 
 /// A fresh actor from the factory, inside `Supervised::restarting` only.
@@ -399,127 +415,6 @@ pub fn rebuilt<A: 'static>() -> Option<A> {
     let factory = FACTORY.with_borrow_mut(Option::take)?;
     let factory = factory.downcast::<Arc<dyn Fn() -> A + Send + Sync>>().ok()?;
     Some(factory())
-}
-
-struct SupervisedFut<A>
-where
-    A: Actor<Context = Context<A>> + Supervised,
-{
-    future: ContextFut<A, Context<A>>,
-    spec: ChildSpec<A>,
-    backoff: Backoff,
-    window: RestartWindow,
-    running_since: Instant,
-    pause: Option<Pin<Box<Sleep>>>,
-    cause: String,
-    child: Child,
-    events: EventBus,
-    on_give_up: Option<Box<dyn FnOnce(String)>>,
-}
-
-impl<A> SupervisedFut<A>
-where
-    A: Actor<Context = Context<A>> + Supervised,
-{
-    /// Decides what follows an end; `true` to go on.
-    fn ended(&mut self, cause: Option<String>) -> bool {
-        let restart = match self.spec.policy {
-            RestartPolicy::Permanent => true,
-            RestartPolicy::Transient => cause.is_some(),
-            RestartPolicy::Temporary => false,
-        };
-        let crashed = cause.is_some();
-        let cause = cause.unwrap_or_else(|| "it stopped itself".to_owned());
-        if !restart {
-            self.child.failed_with(if crashed { ChildState::Failed } else { ChildState::Stopped }, &cause);
-            return false;
-        }
-        let now = Instant::now();
-        if now.duration_since(self.running_since) > self.backoff.current() {
-            self.backoff.reset();
-        }
-        if !self.window.allow(now) {
-            self.child.failed_with(ChildState::Failed, &cause);
-            self.events.emit(ServiceEvent::GaveUp { child: self.child.name().clone(), cause: cause.clone() });
-            if let Some(tell) = self.on_give_up.take() {
-                tell(cause);
-            }
-            return false;
-        }
-        self.child.failed_with(ChildState::Restarting, &cause);
-        self.cause = cause;
-        self.pause = Some(Box::pin(tokio::time::sleep(self.backoff.next_pause())));
-        true
-    }
-
-    /// Replaces the state by a fresh one; `Ok(false)` when nobody can send to it any more.
-    fn restart(&mut self) -> Result<bool, String> {
-        FACTORY.set(Some(Box::new(Arc::clone(&self.spec.factory))));
-        let restarted = catch_unwind(AssertUnwindSafe(|| self.future.restart()));
-        let untouched = FACTORY.take().is_some();
-        match restarted {
-            Ok(true) if untouched => {
-                tracing::warn!(
-                    target: "martlet",
-                    child = %self.child.name(),
-                    "restarted with its old state: derive Supervised, or call martlet::supervise::rebuilt()",
-                );
-                Ok(true)
-            }
-            Ok(restarted) => Ok(restarted),
-            Err(panic) => Err(panic_text(panic)),
-        }
-    }
-}
-
-impl<A> Future for SupervisedFut<A>
-where
-    A: Actor<Context = Context<A>> + Supervised,
-{
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<()> {
-        let this = &mut *self;
-        loop {
-            if let Some(pause) = &mut this.pause {
-                if pause.as_mut().poll(cx).is_pending() {
-                    return Poll::Pending;
-                }
-                this.pause = None;
-                match this.restart() {
-                    Ok(true) => {
-                        let restarts = this.child.count_restart();
-                        this.child.set_state(ChildState::Running);
-                        this.running_since = Instant::now();
-                        this.events.emit(ServiceEvent::Restarted {
-                            child: this.child.name().clone(),
-                            restarts,
-                            cause: this.cause.clone(),
-                        });
-                    }
-                    Ok(false) => {
-                        this.child.set_state(ChildState::Stopped);
-                        return Poll::Ready(());
-                    }
-                    Err(cause) => {
-                        if !this.ended(Some(cause)) {
-                            return Poll::Ready(());
-                        }
-                        continue;
-                    }
-                }
-            }
-            let future = &mut this.future;
-            let cause = match catch_unwind(AssertUnwindSafe(|| Pin::new(&mut *future).poll(cx))) {
-                Ok(Poll::Pending) => return Poll::Pending,
-                Ok(Poll::Ready(())) => None,
-                Err(panic) => Some(panic_text(panic)),
-            };
-            if !this.ended(cause) {
-                return Poll::Ready(());
-            }
-        }
-    }
 }
 
 #[cfg(test)]

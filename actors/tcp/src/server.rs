@@ -84,7 +84,9 @@ impl Listen for TcpServer {
         if listeners.is_empty() {
             let reason = match failed {
                 Some((_, error)) if error.kind() == std::io::ErrorKind::AddrInUse => {
-                    format!("address in use: {place} (EADDRINUSE)")
+                    format!(
+                        "address in use: {place} (EADDRINUSE): another program listens there; take another port"
+                    )
                 }
                 Some((_, error)) => format!("cannot listen on {place}: {error}"),
                 None => format!("host {:?} has no address", options.host),

@@ -17,6 +17,7 @@ mod pem;
 use std::sync::Arc;
 
 use martlet_core::SessionError;
+use rustls::CertificateError;
 use rustls::crypto::CryptoProvider;
 
 pub use broker::{BrokerTls, LoadedTls};
@@ -41,10 +42,28 @@ pub fn tls_cause(error: &std::io::Error) -> Option<&rustls::Error> {
 }
 
 /// A handshake that failed: a wrong certificate is not tried again, a broken line is. `what` says what failed, and names
-/// the option: "TLS with the broker at … failed (option tls)".
+/// the option: "TLS with the broker at … failed (option tls)". What people meet first is explained.
 pub fn handshake_error(what: &str, error: &std::io::Error) -> SessionError {
     match tls_cause(error) {
-        Some(tls) => SessionError::fatal(format!("{what}: {tls}")),
+        Some(tls) => SessionError::fatal(format!("{what}: {tls}{}", advice(tls))),
+        None if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+            SessionError::refused(format!("{what}: {error}: does the other end expect TLS?"))
+        }
         None => SessionError::refused(format!("{what}: {error}")),
+    }
+}
+
+/// What rustls leaves to guess.
+fn advice(error: &rustls::Error) -> &'static str {
+    match error {
+        rustls::Error::InvalidMessage(_) => ": the other end does not speak TLS here",
+        // rustls has no kind of its own for it.
+        rustls::Error::InvalidCertificate(CertificateError::Other(other))
+            if format!("{other:?}").contains("CaUsedAsEndEntity") =>
+        {
+            ": the certificate is an authority's own (basicConstraints CA:TRUE), which a peer may not show: let the \
+             authority sign another one for the peer"
+        }
+        _ => "",
     }
 }

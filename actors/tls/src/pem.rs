@@ -30,14 +30,16 @@ impl Pem {
     ///
     /// # Errors
     ///
-    /// When the file cannot be read. `option` is the name to report.
+    /// When nothing was given, or the file cannot be read. `option` is the name to report.
     pub fn read(&self, option: &str) -> Result<Vec<u8>, SessionError> {
         if self.0.contains("-----BEGIN") {
             return Ok(self.0.clone().into_bytes());
         }
+        if self.is_empty() {
+            return Err(SessionError::fatal(format!("{option} is required: a PEM text, or a file with one")));
+        }
         std::fs::read(&self.0).map_err(|error| {
-            SessionError::fatal(format!("{option}: cannot read file {:?}: {error}", self.0))
-                .with_source(error)
+            SessionError::fatal(format!("{option}: cannot read file {:?}", self.0)).with_source(error)
         })
     }
 

@@ -369,3 +369,38 @@ fn an_unrouted_handler_goes_at_once_however_many_routes_there_are() {
         }
     });
 }
+
+#[test]
+fn a_stopped_service_takes_nothing_more_and_says_so() {
+    for service in [small(), Microservice::new().arbiters(1)] {
+        real(async move {
+            let network = MemoryNetwork::new();
+            let service = service.handlers(echo()).start().await.unwrap();
+            service.stop(ms(100)).await;
+            let served = service.serve(MemoryServer::new(&network)).await;
+            assert!(matches!(served, Err(StartError::Stopped)), "{served:?}");
+            let registered = service.registry().register(vec![message("late", || async { ok(1) })]).await;
+            assert!(matches!(registered, Err(StartError::Stopped)), "{registered:?}");
+            let called = MemoryClient::new(&network).send::<u64>("echo", 1).await;
+            assert!(matches!(called, Err(CallError::NotSent { .. })), "{called:?}");
+        });
+    }
+}
+
+#[test]
+fn a_client_that_is_not_declared_is_told_which_are() {
+    paused(async {
+        let network = MemoryNetwork::new();
+        let told = async |service: Microservice| {
+            let service = service.start().await.unwrap();
+            let told = service.client("MATH").unwrap_err().to_string();
+            service.stop(ms(100)).await;
+            told
+        };
+        let one = "no client named \"MATH\" is declared; declared are";
+        assert_eq!(told(small()).await, format!("{one} none"));
+        let two =
+            small().client("SHOP", MemoryClient::new(&network)).client("CASH", MemoryClient::new(&network));
+        assert_eq!(told(two).await, format!("{one} CASH, SHOP"));
+    });
+}

@@ -6,6 +6,7 @@
 mod confirmation;
 mod conformance;
 mod edges;
+mod extractors;
 mod faults;
 mod functions;
 mod memory;
@@ -14,6 +15,7 @@ mod patterns;
 mod settlement;
 mod supervision;
 mod supervision_tree;
+mod supervisors;
 mod support;
 #[cfg(feature = "tower")]
 mod tower;

@@ -75,7 +75,10 @@ async fn a_port_in_use_is_a_clear_error() {
     let again = Service::try_start(TcpServerOptions::new().address("127.0.0.1", port)).await;
     let Err(StartError::Transport { transport, cause }) = again else { panic!("it started") };
     assert_eq!((&*transport, cause.kind()), ("tcp", SessionErrorKind::Fatal));
-    assert_eq!(cause.to_string(), format!("address in use: 127.0.0.1:{port} (EADDRINUSE)"));
+    let told = format!(
+        "address in use: 127.0.0.1:{port} (EADDRINUSE): another program listens there; take another port"
+    );
+    assert_eq!(cause.to_string(), told);
     service.stop().await;
     // The port is free at once.
     let again = Service::try_start(TcpServerOptions::new().address("127.0.0.1", port)).await.unwrap();

@@ -109,7 +109,28 @@ async fn files_are_read() {
     let missing = TlsServerOptions::new("/no/such/key.pem", identity.cert.clone());
     let options = martlet_tcp::TcpServerOptions::new().address("127.0.0.1", 0).tls(missing);
     let error = Service::try_start(options).await.err().unwrap().to_string();
-    assert!(error.contains(r#"tlsOptions.key: cannot read file "/no/such/key.pem""#), "{error}");
+    // The system's own words, once.
+    let told =
+        r#"tlsOptions.key: cannot read file "/no/such/key.pem": No such file or directory (os error 2)"#;
+    assert!(error.ends_with(told), "{error}");
+    let mut forgotten = TlsServerOptions::default();
+    forgotten.key = identity.key.into();
+    let options = martlet_tcp::TcpServerOptions::new().address("127.0.0.1", 0).tls(forgotten);
+    let error = Service::try_start(options).await.err().unwrap().to_string();
+    assert!(error.ends_with("tlsOptions.cert is required: a PEM text, or a file with one"), "{error}");
+}
+
+#[actix::test]
+async fn an_authority_s_own_certificate_is_no_server_s_and_that_is_explained() {
+    let authority = Authority::new("good");
+    let own = authority.signs(&["127.0.0.1"], |params| {
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    });
+    let service = service(server(&own)).await;
+    let outcome = call(&service, TlsClientOptions::new(authority.pem)).await;
+    fails(outcome, &["tls handshake failed", "an authority's own", "sign another one"]);
+    service.reports(&["session", "tls handshake failed"]).await;
+    service.stop().await;
 }
 
 #[actix::test]
@@ -190,7 +211,7 @@ async fn plain_and_encrypted_do_not_mix() {
     let mut answer = Vec::new();
     within(raw.0.read_to_end(&mut answer)).await.expect("the server to close").unwrap();
     assert!(answer.len() < 16, "{answer:?}");
-    encrypted.reports(&["session", "tls handshake failed"]).await;
+    encrypted.reports(&["session", "tls handshake failed", "does not speak TLS here"]).await;
     let client = TcpClient::connect_to("127.0.0.1", encrypted.port());
     let outcome = within(async { client.send::<i64>("sum", [1, 2]).await }).await.expect("an outcome");
     assert!(matches!(outcome, Err(CallError::Lost { .. })), "{outcome:?}");
