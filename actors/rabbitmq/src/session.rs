@@ -3,7 +3,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -14,7 +13,7 @@ use futures::future::LocalBoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt};
 use lapin::message::Delivery as Arrived;
-use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicNackOptions};
+use lapin::options::{BasicAckOptions, BasicNackOptions};
 use lapin::types::{FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Consumer, Event};
 use martlet_core::Headers;
@@ -26,7 +25,8 @@ use martlet_core::transport::{
 };
 
 use crate::context::RmqContext;
-use crate::link::{self, Link, ROUND_TRIP_LIMIT, Settings, Side};
+use crate::intake::Intake;
+use crate::link::{self, Link, ROUND_TRIP_LIMIT, Settings, Side, lost};
 use crate::publish::{Confirmed, Outcome, Outgoing, Replies, What};
 use crate::routes::Routes;
 use crate::settle::{SettleFrame, Settler, Verdict, Window};
@@ -44,6 +44,7 @@ struct Shared {
     settings: Arc<Settings>,
     /// Where messages are consumed and settled; a client publishes here, too.
     channel: Rc<Channel>,
+    intake: RefCell<Intake>,
     /// `None` where nothing is acknowledged.
     settler: Option<Arc<Settler>>,
     /// With wildcards.
@@ -75,7 +76,6 @@ impl Drop for Shared {
 /// A session over one AMQP connection.
 pub struct RmqSession {
     shared: Rc<Shared>,
-    consumer: Consumer,
     out: Out,
     queue: ShortString,
     peer: Arc<str>,
@@ -135,17 +135,20 @@ impl RmqSession {
     ) -> Self {
         let outcomes = Rc::<RefCell<VecDeque<Outcome>>>::default();
         let out = out(Rc::clone(&outcomes));
+        let channel = Rc::new(channel);
+        let intake = Intake::new(Rc::clone(&channel), Arc::clone(&link.gate), consumer, settings.room());
         let shared = Shared {
             link,
             settings,
-            channel: Rc::new(channel),
+            channel,
+            intake: RefCell::new(intake),
             settler,
             routes: RefCell::new(routes),
             outcomes,
             reports: RefCell::default(),
             blocked: Cell::new(false),
         };
-        Self { shared: Rc::new(shared), consumer, out, queue, peer }
+        Self { shared: Rc::new(shared), out, queue, peer }
     }
 }
 
@@ -163,11 +166,9 @@ impl Session for RmqSession {
     }
 
     fn split(self) -> (RmqReader, RmqWriter) {
-        let Self { shared, consumer, out, queue, .. } = self;
+        let Self { shared, out, queue, .. } = self;
         let reader = RmqReader {
-            consumer,
             events: shared.link.connection.events_listener().boxed(),
-            phase: Phase::Open,
             shared: Rc::clone(&shared),
         };
         let writer = RmqWriter::new(shared, out, queue);
@@ -180,26 +181,13 @@ impl Session for RmqSession {
 /// The half that reads.
 pub struct RmqReader {
     shared: Rc<Shared>,
-    consumer: Consumer,
     events: BoxStream<'static, Event>,
-    phase: Phase,
 }
 
 impl std::fmt::Debug for RmqReader {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("RmqReader").finish_non_exhaustive()
     }
-}
-
-enum Phase {
-    Open,
-    /// Waiting for the broker to have sent everything.
-    Draining {
-        cancelled: LocalBoxFuture<'static, ()>,
-        limit: Pin<Box<tokio::time::Sleep>>,
-    },
-    /// Everything has arrived: what waits here is all there is.
-    Last,
 }
 
 impl RmqReader {
@@ -300,28 +288,6 @@ impl RmqReader {
             }
         }
     }
-
-    /// Whether everything that there will ever be has been read.
-    fn is_drained(&mut self, cx: &mut Context<'_>) -> bool {
-        match &mut self.phase {
-            Phase::Open => false,
-            Phase::Draining { cancelled, limit } => {
-                // A broker that does not answer is not waited for for ever.
-                if cancelled.as_mut().poll(cx).is_ready() || limit.as_mut().poll(cx).is_ready() {
-                    self.phase = Phase::Last;
-                    // What arrived before the answer may have to be asked for once more.
-                    cx.waker().wake_by_ref();
-                }
-                false
-            }
-            Phase::Last => true,
-        }
-    }
-}
-
-/// Why the session is over; calls under way end with it.
-fn lost(error: &lapin::Error) -> SessionError {
-    SessionError::lost(format!("the connection to the broker was lost: {error}"))
 }
 
 impl SessionReader<RmqReplyTo> for RmqReader {
@@ -332,12 +298,12 @@ impl SessionReader<RmqReplyTo> for RmqReader {
                 return Poll::Ready(Some(Ok(self.outcome(outcome))));
             }
             let report = self.shared.reports.borrow_mut().pop_front();
-            if let Some(reason) = report {
+            if let Some(reason) = report.or_else(|| self.shared.intake.borrow_mut().take_dropped()) {
                 return Poll::Ready(Some(Ok(Inbound::Bad { reason })));
             }
-            match self.consumer.poll_next_unpin(cx) {
-                Poll::Ready(Some(Ok(mut arrived))) => {
-                    self.shared.link.gate.taken(arrived.data.len());
+            let arrived = self.shared.intake.borrow_mut().poll_next(cx)?;
+            match arrived {
+                Poll::Ready(Some(mut arrived)) => {
                     if matches!(self.shared.settings.side, Side::Server { .. }) {
                         return Poll::Ready(Some(Ok(self.deliver(arrived))));
                     }
@@ -346,19 +312,12 @@ impl SessionReader<RmqReplyTo> for RmqReader {
                         return Poll::Ready(Some(Ok(inbound)));
                     }
                 }
-                Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(Err(lost(&error)))),
-                Poll::Ready(None) if !matches!(self.phase, Phase::Open) => return Poll::Ready(None),
-                // RMQ-17: its queue was deleted. The runtime makes a new session, which declares it again.
                 Poll::Ready(None) => {
-                    let text = "the broker has cancelled the consumer: its queue was deleted";
-                    return Poll::Ready(Some(Err(SessionError::lost(text))));
+                    let dropped = self.shared.intake.borrow_mut().take_dropped();
+                    return Poll::Ready(dropped.map(|reason| Ok(Inbound::Bad { reason })));
                 }
                 Poll::Pending => {
-                    self.shared.link.gate.empty(cx);
                     self.take_events(cx)?;
-                    if self.is_drained(cx) {
-                        return Poll::Ready(None);
-                    }
                     if self.shared.reports.borrow().is_empty() {
                         return Poll::Pending;
                     }
@@ -368,18 +327,9 @@ impl SessionReader<RmqReplyTo> for RmqReader {
     }
 
     fn drain(&mut self) {
-        if !matches!(self.phase, Phase::Open) || matches!(self.shared.settings.side, Side::Client { .. }) {
-            return;
+        if matches!(self.shared.settings.side, Side::Server { .. }) {
+            self.shared.intake.borrow_mut().drain();
         }
-        let (channel, tag) = (Rc::clone(&self.shared.channel), self.consumer.tag());
-        let cancelled = async move {
-            // An error means that the consumer has ended already.
-            let _ = channel.basic_cancel(tag, BasicCancelOptions::default()).await;
-        };
-        self.phase = Phase::Draining {
-            cancelled: cancelled.boxed_local(),
-            limit: Box::pin(tokio::time::sleep(ROUND_TRIP_LIMIT)),
-        };
     }
 }
 
@@ -688,6 +638,7 @@ impl SessionWriter<RmqReplyTo> for RmqWriter {
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {
+        self.shared.intake.borrow_mut().tend(cx)?;
         self.write_settled(cx);
         let chores = self.poll_chores(cx)?;
         let settled = self.poll_settled(cx);

@@ -6,6 +6,7 @@ mod acks;
 mod config;
 mod conformance;
 mod faults;
+mod flood;
 mod messages;
 mod raw;
 mod storm;

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Many calls and events while the broker is killed, started again and frozen, and lines are cut; and a producer
-//! that is faster than its handlers.
+//! Many calls and events while the broker is killed, started again and frozen, and lines are cut.
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -16,7 +15,7 @@ use martlet_testkit::storm::{Storm, every_route_answers};
 use parking_lot::Mutex;
 
 use crate::raw::Raw;
-use crate::world::{GRACE, client_options, server_options, shared_broker, unique, until};
+use crate::world::{GRACE, client_options, server_options, unique, until};
 
 const CALLS: u64 = 50_000;
 const EVENTS: u64 = 50_000;
@@ -196,115 +195,4 @@ async fn of_fifty_thousand_events_none_that_was_confirmed_is_lost() {
     assert!(confirmed.len() as u64 > EVENTS / 4);
     assert!(twice >= 90, "{twice} redelivered");
     drop((relays, broker));
-}
-
-/// What the process has in memory, in bytes.
-fn resident() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
-}
-
-/// Publishes more than the service may hold, while its handlers are slow; says how much memory that took.
-async fn flood(no_ack: bool) {
-    const MESSAGES: u64 = 30_000;
-    const BYTES: usize = 4096;
-    let broker = shared_broker();
-    let queue = unique("flood");
-    let (handled, open) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
-    let (count, gate) = (Arc::clone(&handled), Arc::clone(&open));
-    let group = event("evt", move || {
-        let (count, gate) = (Arc::clone(&count), Arc::clone(&gate));
-        async move {
-            while !gate.load(Ordering::Relaxed) {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-            count.fetch_add(1, Ordering::Relaxed);
-            Ok::<_, RpcError>(())
-        }
-    });
-    let mut server = server_options(&broker, &queue)
-        .max_in_flight(50)
-        .receive_buffer_bytes(256 * 1024)
-        .socket_options(quick().heartbeat_interval(Duration::from_secs(2)));
-    if !no_ack {
-        server = server.no_ack(false).on_failure(FailurePolicy::DeadLetter);
-    }
-    let service =
-        Microservice::new().arbiters(1).handlers(group).server(RmqServer::new(server)).start().await.unwrap();
-    let client = RmqClient::new(client_options(&broker, &queue));
-    client.connect().await.unwrap();
-    let before = resident();
-    let payload = "x".repeat(BYTES);
-    futures::stream::iter(0..MESSAGES)
-        .map(|_| client.emit("evt", &payload))
-        .buffer_unordered(100)
-        .for_each(|result| async { result.unwrap() })
-        .await;
-    // For longer than heartbeats are waited for, for less than a broker waits for a peer that takes nothing (15 s).
-    tokio::time::sleep(Duration::from_secs(6)).await;
-    let grown = resident().saturating_sub(before);
-    assert_eq!(handled.load(Ordering::Relaxed), 0);
-    let raw = Raw::connect(&broker).await;
-    let waiting = raw.waiting(&queue).await;
-    eprintln!("no_ack {no_ack}: {waiting} wait at the broker, {} KiB more here", grown / 1024);
-    // Of 120 MiB, the broker has nearly all: what was read and what the sockets hold is all that is not there.
-    assert!(u64::from(waiting) > MESSAGES * 3 / 4, "{waiting}");
-    assert!(grown < 60 << 20, "{grown} bytes");
-    assert_eq!(service.servers()[0].status(), Some(ConnectionStatus::Connected));
-    open.store(true, Ordering::Relaxed);
-    let limit = Instant::now() + Duration::from_secs(60);
-    while handled.load(Ordering::Relaxed) < MESSAGES && Instant::now() < limit {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    // Nothing was dropped, nothing came twice.
-    assert_eq!(handled.load(Ordering::Relaxed), MESSAGES);
-    client.close().await;
-    assert!(service.stop(GRACE).await.clean);
-    assert_eq!(handled.load(Ordering::Relaxed), MESSAGES);
-}
-
-/// What waits in the queue comes as soon as there is a consumer: before the session takes anything.
-#[actix::test]
-async fn a_service_starts_on_a_full_queue() {
-    const MESSAGES: u64 = 2000;
-    let broker = shared_broker();
-    for no_ack in [true, false] {
-        let queue = unique("full");
-        let client = RmqClient::new(client_options(&broker, &queue));
-        let payload = "x".repeat(4096);
-        futures::stream::iter(0..MESSAGES)
-            .map(|_| client.emit("evt", &payload))
-            .buffer_unordered(100)
-            .for_each(|result| async { result.unwrap() })
-            .await;
-        let handled = Arc::new(AtomicU64::new(0));
-        let count = Arc::clone(&handled);
-        let group = event("evt", move || {
-            count.fetch_add(1, Ordering::Relaxed);
-            std::future::ready(Ok::<_, RpcError>(()))
-        });
-        let mut server = server_options(&broker, &queue).receive_buffer_bytes(64 * 1024);
-        if !no_ack {
-            server = server.no_ack(false).on_failure(FailurePolicy::DeadLetter);
-        }
-        let service = Microservice::new().arbiters(1).handlers(group).server(RmqServer::new(server));
-        let service = tokio::time::timeout(Duration::from_secs(10), service.start()).await.unwrap().unwrap();
-        let limit = Instant::now() + Duration::from_secs(30);
-        while handled.load(Ordering::Relaxed) < MESSAGES && Instant::now() < limit {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        assert_eq!(handled.load(Ordering::Relaxed), MESSAGES, "no_ack {no_ack}");
-        client.close().await;
-        assert!(service.stop(GRACE).await.clean);
-    }
-}
-
-#[actix::test]
-async fn without_acknowledgement_a_slow_handler_holds_the_broker_back() {
-    flood(true).await;
-}
-
-#[actix::test]
-async fn with_acknowledgement_the_brokers_window_holds_it_back() {
-    flood(false).await;
 }

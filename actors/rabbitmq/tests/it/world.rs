@@ -8,7 +8,9 @@ use std::time::Duration;
 use martlet_core::ClientProxy;
 use martlet_rabbitmq::{RmqClient, RmqClientOptions, RmqServerOptions, RmqSocketOptions};
 use martlet_testkit::broker::{Broker, BrokerCommand};
-pub(crate) use martlet_testkit::world::{GRACE, failing, serve, slow, streaming, sum, sum_object, until};
+pub(crate) use martlet_testkit::world::{
+    GRACE, failing, serve, serve_apart, slow, streaming, sum, sum_object, until,
+};
 use parking_lot::Mutex;
 
 /// The node that tests share which leave it alone; it ends when no test needs it.
