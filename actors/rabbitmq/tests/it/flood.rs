@@ -11,6 +11,7 @@ use martlet_core::{
 };
 use martlet_rabbitmq::{RmqClient, RmqQueueOptions, RmqServer, RmqServerOptions, RmqSocketOptions};
 use martlet_testkit::broker::{Broker, BrokerCommand};
+use martlet_testkit::world::resident;
 
 use crate::raw::Raw;
 use crate::world::{GRACE, client_options, serve_apart, server_options, shared_broker, unique, until};
@@ -166,12 +167,6 @@ async fn a_service_is_drained_while_its_handlers_are_behind() {
     assert!(waiting > LARGE / 2 && left >= waiting, "{waiting} {left}");
     assert_eq!(handled.load(Ordering::Relaxed) + left, LARGE, "{:?}", reports.all());
     client.close().await;
-}
-
-/// What the process has in memory, in bytes.
-fn resident() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }
 
 /// Publishes more than the service may hold, while its handlers are slow; says how much memory that took.

@@ -21,6 +21,13 @@ const CALLS: u64 = 50_000;
 const EVENTS: u64 = 50_000;
 const RESTARTS: u64 = 10;
 
+/// On each client.
+const CALLS_IN_FLIGHT: usize = 150;
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+
+const EVENTS_IN_FLIGHT: usize = 200;
+const EVENT_TIMEOUT: Duration = Duration::from_secs(20);
+
 fn url(relay: &Relay) -> [String; 1] {
     [format!("amqp://127.0.0.1:{}", relay.port())]
 }
@@ -32,30 +39,60 @@ fn quick() -> RmqSocketOptions {
         .reconnect_time(Duration::from_millis(50))
 }
 
+/// What has been done to the lines and the broker.
+#[derive(Debug, Default)]
+struct Disturbances {
+    /// How often each line was cut.
+    cuts: Vec<u64>,
+    /// For how long the broker was not there, each time.
+    outages: Vec<Duration>,
+}
+
+impl Disturbances {
+    /// How many calls they can have ended at most, with so many in flight over each line: a cut what was in flight over
+    /// its line, an outage all, and all once more for each time that calls run out of time while nothing is there.
+    fn most(&self, in_flight: &[u64], timeout: Duration) -> u64 {
+        let all: u64 = in_flight.iter().max().copied().unwrap_or_default();
+        let cuts: u64 = self.cuts.iter().zip(in_flight).map(|(cuts, in_flight)| cuts * in_flight).sum();
+        // Both sides have a second for getting their connections back.
+        let waves = |outage: &Duration| {
+            1 + (*outage + Duration::from_secs(1)).as_millis().div_ceil(timeout.as_millis()) as u64
+        };
+        cuts + self.outages.iter().map(|outage| waves(outage) * all).sum::<u64>()
+    }
+}
+
 /// Kills, restarts and freezes the broker and cuts lines as the work goes on, `done` saying how far it is.
-fn chaos(mut broker: Broker, relays: &[Relay], total: u64, done: impl Fn() -> u64) -> (Broker, u64) {
+fn chaos(mut broker: Broker, relays: &[Relay], total: u64, done: impl Fn() -> u64) -> (Broker, Disturbances) {
+    let mut disturbances = Disturbances { cuts: vec![0; relays.len()], ..Disturbances::default() };
     let mut cut = 0u64;
-    let mut cut_until = |goal: u64| {
+    let mut cut_until = |goal: u64, cuts: &mut [u64]| {
         while done() < goal {
             std::thread::sleep(Duration::from_millis(100 + cut * 37 % 290));
             // One line after the other, the service's, which is the first, less often than the clients'.
-            relays[[1, 2, 1, 2, 0][cut as usize % 5] % relays.len()].cut_one(cut as usize);
+            let line = [1, 2, 1, 2, 0][cut as usize % 5] % relays.len();
+            relays[line].cut_one(cut as usize);
+            cuts[line] += 1;
             cut += 1;
         }
     };
     for restart in 1..=RESTARTS {
-        cut_until(restart * total / (RESTARTS + 2));
+        cut_until(restart * total / (RESTARTS + 2), &mut disturbances.cuts);
+        let begin = Instant::now();
         broker.stop();
         std::thread::sleep(Duration::from_millis(restart * 13 % 100));
         broker.restart().unwrap();
+        disturbances.outages.push(begin.elapsed());
         if restart % 5 == 0 {
+            let begin = Instant::now();
             broker.freeze().unwrap();
             std::thread::sleep(Duration::from_millis(if restart == 5 { 500 } else { 3000 }));
             broker.thaw().unwrap();
+            disturbances.outages.push(begin.elapsed());
         }
     }
-    cut_until((RESTARTS + 1) * total / (RESTARTS + 2));
-    (broker, cut)
+    cut_until((RESTARTS + 1) * total / (RESTARTS + 2), &mut disturbances.cuts);
+    (broker, disturbances)
 }
 
 #[actix::test]
@@ -76,19 +113,20 @@ async fn fifty_thousand_calls_survive_ten_restarts_of_the_broker() {
         .iter()
         .map(|relay| {
             let options = client_options(&broker, &queue).urls(url(relay)).socket_options(quick());
-            RmqClient::new(options.call_timeout(Duration::from_secs(5)))
+            RmqClient::new(options.call_timeout(CALL_TIMEOUT))
         })
         .collect();
     let chaos = {
         let storm = storm.clone();
         move || {
-            let (broker, cuts) = chaos(broker, &relays, CALLS, || storm.ended());
-            (broker, relays, cuts)
+            let (broker, disturbances) = chaos(broker, &relays, CALLS, || storm.ended());
+            (broker, relays, disturbances)
         }
     };
-    let (outcomes, chaos) =
-        futures::join!(storm.run(&clients, 150), async { tokio::task::spawn_blocking(chaos).await.unwrap() });
-    let (broker, relays, cuts) = chaos;
+    let (outcomes, chaos) = futures::join!(storm.run(&clients, CALLS_IN_FLIGHT), async {
+        tokio::task::spawn_blocking(chaos).await.unwrap()
+    });
+    let (broker, relays, disturbances) = chaos;
     let server = service.servers()[0].clone();
     until("the service is connected", || server.status() == Some(ConnectionStatus::Connected)).await;
     for client in &clients {
@@ -99,8 +137,13 @@ async fn fifty_thousand_calls_survive_ten_restarts_of_the_broker() {
     let report = service.stop(GRACE).await;
     assert!(report.clean, "{report:?}");
     storm.check_runs();
-    eprintln!("{outcomes:?}; {RESTARTS} restarts, {cuts} cuts; {:.1?}", begin.elapsed());
-    assert!(outcomes["value"] > CALLS / 4, "{outcomes:?}");
+    // What the service had taken and not answered ends by its timeout, of whichever client it is.
+    let one = CALLS_IN_FLIGHT as u64;
+    let most = disturbances.most(&[2 * one, one, one], CALL_TIMEOUT);
+    eprintln!("{outcomes:?}, {most} at most without value; {disturbances:.1?}; {:.1?}", begin.elapsed());
+    assert!(outcomes["value"] >= CALLS.saturating_sub(most), "{outcomes:?}");
+    // A client that connects again without end refuses nothing.
+    assert!(outcomes.keys().all(|kind| ["value", "lost", "timeout"].contains(kind)), "{outcomes:?}");
     assert!(outcomes.contains_key("lost"), "{outcomes:?}");
     drop((relays, broker));
 }
@@ -133,14 +176,14 @@ async fn of_fifty_thousand_events_none_that_was_confirmed_is_lost() {
             .urls(url(&relays[1]))
             .socket_options(quick())
             .persistent(true)
-            .call_timeout(Duration::from_secs(20)),
+            .call_timeout(EVENT_TIMEOUT),
     );
     let ended = Arc::new(AtomicU64::new(0));
     let chaos = {
         let ended = Arc::clone(&ended);
         move || {
-            let (broker, cuts) = chaos(broker, &relays, EVENTS, || ended.load(Ordering::Relaxed));
-            (broker, relays, cuts)
+            let (broker, disturbances) = chaos(broker, &relays, EVENTS, || ended.load(Ordering::Relaxed));
+            (broker, relays, disturbances)
         }
     };
     let emitting = futures::stream::iter(0..EVENTS)
@@ -155,11 +198,11 @@ async fn of_fifty_thousand_events_none_that_was_confirmed_is_lost() {
                 (number, result)
             }
         })
-        .buffer_unordered(200)
+        .buffer_unordered(EVENTS_IN_FLIGHT)
         .collect::<Vec<_>>();
     let (results, chaos) =
         futures::join!(emitting, async { tokio::task::spawn_blocking(chaos).await.unwrap() });
-    let (broker, relays, cuts) = chaos;
+    let (broker, relays, disturbances) = chaos;
     let confirmed: Vec<u64> =
         results.iter().filter(|(_, result)| result.is_ok()).map(|(number, _)| *number).collect();
     let refused =
@@ -186,13 +229,16 @@ async fn of_fifty_thousand_events_none_that_was_confirmed_is_lost() {
             "{number}"
         );
     }
+    // The service's line does not end what its sender waits for.
+    let most = disturbances.most(&[0, EVENTS_IN_FLIGHT as u64], EVENT_TIMEOUT);
     let twice = runs.values().filter(|count| **count > 1).count();
     eprintln!(
-        "{} of {EVENTS} confirmed, {refused} not sent, {twice} handled more than once; {cuts} cuts; {:.1?}",
+        "{} of {EVENTS} confirmed, {most} at most are not, {twice} handled more than once; {disturbances:.1?}; {:.1?}",
         confirmed.len(),
         begin.elapsed()
     );
-    assert!(confirmed.len() as u64 > EVENTS / 4);
+    assert!(confirmed.len() as u64 >= EVENTS.saturating_sub(most));
+    assert_eq!(refused, 0);
     assert!(twice >= 90, "{twice} redelivered");
     drop((relays, broker));
 }
