@@ -259,11 +259,19 @@ impl RmqReader {
         if is_event { Inbound::Event(delivery) } else { Inbound::Request(delivery) }
     }
 
-    /// A reply; `None` when it is for nobody here.
-    fn reply(&self, arrived: &Arrived, body: Bytes) -> Option<Inbound<RmqReplyTo>> {
-        let id = arrived.properties.correlation_id().as_ref()?.as_str();
-        PacketId::from_text(id.as_bytes())?;
-        Some(Inbound::Response(wire::decode_response(&*self.shared.settings.codec, id, &body)))
+    /// RMQ-10: a reply, by its correlation alone.
+    fn reply(&self, arrived: Arrived) -> Inbound<RmqReplyTo> {
+        let Some(id) = arrived.properties.correlation_id() else {
+            return Inbound::Bad { reason: "a reply has no correlationId".to_owned() };
+        };
+        let id = id.as_str();
+        if PacketId::from_text(id.as_bytes()).is_none() {
+            return Inbound::Bad {
+                reason: format!("a reply has the correlationId {id:?}, which no call has"),
+            };
+        }
+        let body = Bytes::from(arrived.data);
+        Inbound::Response(wire::decode_response(&*self.shared.settings.codec, id, &body))
     }
 
     fn outcome(&self, outcome: Outcome) -> Inbound<RmqReplyTo> {
@@ -303,14 +311,12 @@ impl SessionReader<RmqReplyTo> for RmqReader {
             }
             let arrived = self.shared.intake.borrow_mut().poll_next(cx)?;
             match arrived {
-                Poll::Ready(Some(mut arrived)) => {
-                    if matches!(self.shared.settings.side, Side::Server { .. }) {
-                        return Poll::Ready(Some(Ok(self.deliver(arrived))));
-                    }
-                    let body = Bytes::from(std::mem::take(&mut arrived.data));
-                    if let Some(inbound) = self.reply(&arrived, body) {
-                        return Poll::Ready(Some(Ok(inbound)));
-                    }
+                Poll::Ready(Some(arrived)) => {
+                    let inbound = match self.shared.settings.side {
+                        Side::Server { .. } => self.deliver(arrived),
+                        Side::Client { .. } => self.reply(arrived),
+                    };
+                    return Poll::Ready(Some(Ok(inbound)));
                 }
                 Poll::Ready(None) => {
                     let dropped = self.shared.intake.borrow_mut().take_dropped();
@@ -455,6 +461,9 @@ impl RmqWriter {
         // RMQ-8: without an address the reply is lost, as in NestJS.
         let Some(address) = to.properties.reply_to().as_ref().filter(|address| !address.as_str().is_empty())
         else {
+            let pattern = to.pattern();
+            self.shared
+                .report(format!("a reply to a request for {pattern} was dropped: it named no replyTo"));
             return Ok(());
         };
         if !wire::is_sound_reply_address(address.as_str()) {
