@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod acks;
+mod blocked;
 mod config;
 mod conformance;
 mod faults;
