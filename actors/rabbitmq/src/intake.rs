@@ -171,7 +171,7 @@ impl Intake {
                     let paused = pausing.as_mut().poll(cx);
                     self.inbox.absorb(cx)?;
                     let Poll::Ready(keeper) = paused else { return Ok(()) };
-                    self.flow = Flow::Paused(keeper.map_err(|error| lost(&error))?);
+                    self.flow = Flow::Paused(keeper.map_err(|error| self.inbox.lost(&error))?);
                 }
                 Flow::Paused(keeper) => {
                     self.inbox.absorb(cx)?;
@@ -179,7 +179,7 @@ impl Intake {
                         match kept {
                             // It goes back to the queue.
                             Some(Ok(_)) => {}
-                            Some(Err(error)) => return Err(lost(&error)),
+                            Some(Err(error)) => return Err(self.inbox.lost(&error)),
                             None => return Err(deleted()),
                         }
                     }
@@ -197,7 +197,7 @@ impl Intake {
                 }
                 Flow::Resuming(resuming) => {
                     let Poll::Ready(consumer) = resuming.as_mut().poll(cx) else { return Ok(()) };
-                    let consumer = consumer.map_err(|error| lost(&error))?;
+                    let consumer = consumer.map_err(|error| self.inbox.lost(&error))?;
                     self.tag = consumer.tag();
                     self.inbox.consumer = Some(consumer);
                     self.flow = Flow::Consuming;
@@ -305,6 +305,14 @@ impl Inbox {
         Some(arrived)
     }
 
+    /// The connection is lost, and what waits here with it.
+    fn lost(&self, error: &lapin::Error) -> SessionError {
+        match self.backlog.len() {
+            0 => lost(error),
+            waiting => lost(&format_args!("{error}; {waiting} messages that waited here are lost with it")),
+        }
+    }
+
     /// Whether so little waits that more may come.
     fn has_room(&self) -> bool {
         self.room.is_none_or(|room| self.backlog_bytes <= room.buffer_bytes / 2)
@@ -318,7 +326,7 @@ impl Inbox {
                     self.gate.taken(arrived.data.len());
                     return Ok(Poll::Ready(arrived));
                 }
-                Poll::Ready(Some(Err(error))) => return Err(lost(&error)),
+                Poll::Ready(Some(Err(error))) => return Err(self.lost(&error)),
                 Poll::Ready(None) => self.consumer = None,
                 Poll::Pending => {}
             }

@@ -339,7 +339,7 @@ fn tls_config(options: &RmqTlsOptions) -> Result<OwnedTLSConfig, SessionError> {
 // === errors ===
 
 /// Why the session is over; calls under way end with it.
-pub(crate) fn lost(error: &lapin::Error) -> SessionError {
+pub(crate) fn lost(error: &dyn std::fmt::Display) -> SessionError {
     SessionError::lost(format!("the connection to the broker was lost: {error}"))
 }
 

@@ -145,6 +145,30 @@ async fn what_is_beyond_the_backlog_is_dropped_and_counted() {
 }
 
 #[actix::test]
+async fn what_waits_here_when_the_connection_is_lost_is_counted() {
+    const IN_FLIGHT: u64 = 20;
+    let mut broker = impatient();
+    let queue = unique("stall-lost");
+    let (group, handled, open) = gated();
+    let options =
+        server_options(&broker, &queue).max_in_flight(IN_FLIGHT as usize).receive_buffer_bytes(256 * 1024);
+    let (service, reports) = serve_apart(RmqServer::new(options.socket_options(quick())), [group]).await;
+    let client = RmqClient::new(client_options(&broker, &queue));
+    publish(&client, LARGE, LARGE_BYTES).await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let waiting = u64::from(Raw::connect(&broker).await.waiting(&queue).await);
+    client.close().await;
+    broker.stop();
+    // One is with the consumer that keeps the queue.
+    let lost = LARGE - waiting - IN_FLIGHT - 1;
+    let words = format!("; {lost} messages that waited here are lost with it");
+    until("it is said", || reports.contain(&words)).await;
+    assert_eq!(handled.load(Ordering::Relaxed), 0);
+    open.store(true, Ordering::Relaxed);
+    service.stop(GRACE).await;
+}
+
+#[actix::test]
 async fn a_service_is_drained_while_its_handlers_are_behind() {
     let broker = impatient();
     let queue = unique("stall-drain");
