@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! One session with a broker, for both roles.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -52,8 +52,6 @@ struct Shared {
     outcomes: Rc<RefCell<VecDeque<Outcome>>>,
     /// What is to be reported before the next message.
     reports: RefCell<VecDeque<String>>,
-    /// The broker has blocked publishing.
-    blocked: Cell<bool>,
 }
 
 impl Shared {
@@ -146,7 +144,6 @@ impl RmqSession {
             routes: RefCell::new(routes),
             outcomes,
             reports: RefCell::default(),
-            blocked: Cell::new(false),
         };
         Self { shared: Rc::new(shared), out, queue, peer }
     }
@@ -196,12 +193,10 @@ impl RmqReader {
         while let Poll::Ready(Some(event)) = self.events.poll_next_unpin(cx) {
             match event {
                 Event::ConnectionBlocked(reason) => {
-                    self.shared.blocked.set(true);
                     self.shared
                         .report(format!("the broker has blocked publishing, messages wait here: {reason}"));
                 }
                 Event::ConnectionUnblocked => {
-                    self.shared.blocked.set(false);
                     self.shared.report("the broker takes messages again".to_owned());
                 }
                 Event::Error(error) if !self.shared.link.connection.status().connected() => {

@@ -22,11 +22,11 @@ fn wants_free(broker: &Broker, space: &str) {
 
 #[actix::test]
 async fn publishing_to_a_broker_that_blocks_ends_in_time_and_goes_on_afterwards() {
-    const TIMEOUT: Duration = Duration::from_secs(2);
+    const TIMEOUT: Duration = Duration::from_millis(500);
     let broker = Broker::start(BrokerCommand::rabbitmq()).unwrap();
     let queue = unique("blocked");
     let count = Arc::new(AtomicU64::new(0));
-    let heartbeat = || RmqSocketOptions::new().heartbeat_interval(Duration::from_secs(1));
+    let heartbeat = || RmqSocketOptions::new().heartbeat_interval(Duration::from_secs(3));
     let (service, _) = serve_apart(
         server_options(&broker, &queue).socket_options(heartbeat()),
         [sum(), slow(), counting("evt", &count)],
@@ -41,19 +41,16 @@ async fn publishing_to_a_broker_that_blocks_ends_in_time_and_goes_on_afterwards(
     let closed = client(&broker, &queue);
     let caller = client(&broker, &queue);
     for client in [&emitter, &closed, &caller] {
-        assert_eq!(client.send::<i64>("sum", [1, 2]).await.unwrap(), 3);
+        assert_eq!(client.send::<i64>("sum", [1, 2]).timeout(Duration::from_secs(10)).await.unwrap(), 3);
     }
     // Its handler runs when the broker blocks; its reply waits there.
-    let begun = tokio::task::spawn_local({
-        let slow = caller.send::<u64>("slow", 5000).timeout(Duration::from_secs(60));
-        async move { slow.await }
-    });
+    let begun = tokio::task::spawn_local(caller.send::<u64>("slow", 5000).timeout(Duration::from_secs(60)));
     tokio::time::sleep(Duration::from_millis(200)).await;
     wants_free(&broker, "1000000GB");
-    let (payload, before, begin) = ("x".repeat(4096), resident(), Instant::now());
+    let (payload, before, begin) = ("x".repeat(256 * 1024), resident(), Instant::now());
     let (mut most, mut outcomes) = (0, BTreeMap::<&str, u64>::new());
-    // Of each four times as many as may wait in the session.
-    let mut results = futures::stream::iter(0..2000)
+    // 200 MiB, 10 of them at a time; the session takes 256 KiB, what has ended waits to be cleared away.
+    let mut results = futures::stream::iter(0..800)
         .map(|number| {
             let (emitter, payload) = (&emitter, &payload);
             async move {
@@ -65,7 +62,7 @@ async fn publishing_to_a_broker_that_blocks_ends_in_time_and_goes_on_afterwards(
                 (result, begin.elapsed())
             }
         })
-        .buffer_unordered(500);
+        .buffer_unordered(40);
     while let Some((result, took)) = results.next().await {
         let error = result.unwrap_err();
         assert!(took < TIMEOUT + Duration::from_secs(3), "{took:?}");
@@ -74,11 +71,10 @@ async fn publishing_to_a_broker_that_blocks_ends_in_time_and_goes_on_afterwards(
     }
     drop(results);
     eprintln!("{outcomes:?} in {:.1?}, {} KiB more at most", begin.elapsed(), most / 1024);
-    assert_eq!(outcomes.into_iter().collect::<Vec<_>>(), [("timeout", 2000)]);
-    assert!(most < 32 << 20, "{most} bytes");
+    assert_eq!(outcomes.into_iter().collect::<Vec<_>>(), [("timeout", 800)]);
+    assert!(most < 140 << 20, "{most} bytes");
     assert_eq!((emitter.pending(), emitter.occupied()), (0, 0));
     // Heartbeats go on: it is another thing than a broker that is gone.
-    assert!(told("the broker has blocked publishing"), "it is reported");
     assert_eq!(emitter.status(), Some(ConnectionStatus::Connected));
     assert_eq!(service.servers()[0].status(), Some(ConnectionStatus::Connected));
     // A client that cannot get rid of what it has does not wait for it for ever.
@@ -89,6 +85,7 @@ async fn publishing_to_a_broker_that_blocks_ends_in_time_and_goes_on_afterwards(
     assert!(closing.elapsed() < Duration::from_secs(10), "{:?}", closing.elapsed());
     wants_free(&broker, "1MB");
     until("it takes messages again", || told("the broker takes messages again")).await;
+    assert!(told("the broker has blocked publishing"));
     assert_eq!(begun.await.unwrap().unwrap(), 5000);
     let mut left = 20;
     while let Err(error) = emitter.send::<i64>("sum", [1, 2]).await {
@@ -96,7 +93,10 @@ async fn publishing_to_a_broker_that_blocks_ends_in_time_and_goes_on_afterwards(
         left -= 1;
     }
     let before = count.load(Ordering::Relaxed);
-    emitter.emit("evt", 1).await.unwrap();
+    while let Err(error) = emitter.emit("evt", 1).await {
+        assert!(left > 0, "{error}");
+        left -= 1;
+    }
     until("events are handled", || count.load(Ordering::Relaxed) > before).await;
     emitter.close().await;
     caller.close().await;

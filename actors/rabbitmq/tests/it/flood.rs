@@ -14,7 +14,9 @@ use martlet_testkit::broker::{Broker, BrokerCommand};
 use martlet_testkit::world::resident;
 
 use crate::raw::Raw;
-use crate::world::{GRACE, client_options, serve_apart, server_options, shared_broker, unique, until};
+use crate::world::{
+    GRACE, client_options, dropped, serve_apart, server_options, shared_broker, unique, until,
+};
 
 /// Heartbeats that tell a session that has stopped from one that waits.
 fn quick() -> RmqSocketOptions {
@@ -104,11 +106,7 @@ async fn stall(change: impl Fn(RmqServerOptions) -> RmqServerOptions) -> (u64, u
     assert!(most < 48 << 20, "{most} bytes");
     drop(replies);
     open.store(true, Ordering::Relaxed);
-    let dropped = || {
-        let lines = reports.all();
-        let of = |line: &String| line.split_once(" messages (")?.0.rsplit(' ').next()?.parse::<u64>().ok();
-        lines.iter().filter_map(of).sum::<u64>()
-    };
+    let dropped = || dropped(&reports);
     let limit = Instant::now() + Duration::from_secs(30);
     while handled.load(Ordering::Relaxed) + dropped() < LARGE && Instant::now() < limit {
         tokio::time::sleep(Duration::from_millis(20)).await;
