@@ -10,6 +10,7 @@ use martlet_core::settlement::Settles;
 use martlet_core::transport::{Dial, SessionPlan, TransportId, TransportInfo};
 
 use crate::address::{encoded, without_secrets};
+use crate::intake::Room;
 use crate::link::{Link, Settings, Side};
 use crate::options::{RmqClientOptions, RmqServerOptions};
 use crate::session::RmqSession;
@@ -31,7 +32,7 @@ impl RmqDial {
         let side = Side::Server {
             consumer_tag: options.consumer_tag.clone(),
             max_in_flight: options.max_in_flight,
-            receive_buffer_bytes: options.receive_buffer_bytes,
+            room: Room { buffer_bytes: options.receive_buffer_bytes, backlog_bytes: options.backlog_bytes },
         };
         let settings = Settings {
             common: options.common(),

@@ -3,8 +3,8 @@
 //!
 //! The driver's own thread reads whatever the broker sends and queues it without a bound. The gate gives that
 //! thread a credit of bytes, which grows as messages are taken: with no credit left nothing is read, the socket
-//! fills up, and the broker keeps the rest in its queue (RMQ-18). The gate also ends the driver's thread when its
-//! session is over, whatever state the connection is in.
+//! fills up, and the broker keeps the rest in its queue (RMQ-18). How long it may stay so is the intake's business. The
+//! gate also ends the driver's thread when its session is over, whatever state the connection is in.
 
 use std::fmt;
 use std::future::Future;
@@ -12,7 +12,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -26,12 +26,6 @@ use futures::task::AtomicWaker;
 /// The runtime that the driver is given: tokio, with gated sockets.
 pub(crate) type GatedRuntime = RuntimeParts<Tokio, GatedReactor>;
 
-/// How often a closed gate lets a few bytes through, so that the broker's heartbeats are still seen.
-const TRICKLE_EVERY: Duration = Duration::from_secs(1);
-
-/// How many bytes that are: a heartbeat has eight.
-const TRICKLE_BYTES: usize = 64;
-
 /// What the reading session and the driver's thread share.
 #[derive(Debug)]
 pub(crate) struct Gate {
@@ -39,6 +33,8 @@ pub(crate) struct Gate {
     limit: i64,
     credit: AtomicI64,
     closed: AtomicBool,
+    /// How often it was opened.
+    openings: AtomicU64,
     aborted: AtomicBool,
     /// The driver's thread, when it may not read.
     socket: AtomicWaker,
@@ -55,6 +51,7 @@ impl Gate {
             limit,
             credit: AtomicI64::new(limit),
             closed: AtomicBool::new(false),
+            openings: AtomicU64::new(0),
             aborted: AtomicBool::new(false),
             socket: AtomicWaker::new(),
             writer: AtomicWaker::new(),
@@ -87,14 +84,18 @@ impl Gate {
         self.open();
     }
 
-    /// Whether reading has stopped for want of credit.
-    #[cfg(test)]
-    pub(crate) fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Acquire)
+    /// The number of its closing, if reading has stopped for want of credit; `cx` is woken when it stops.
+    pub(crate) fn closing(&self, cx: &mut Context<'_>) -> Option<u64> {
+        if self.limit <= 0 {
+            return None;
+        }
+        self.reader.register(cx.waker());
+        self.closed.load(Ordering::Acquire).then(|| self.openings.load(Ordering::Acquire))
     }
 
     fn open(&self) {
         if self.closed.swap(false, Ordering::AcqRel) {
+            self.openings.fetch_add(1, Ordering::AcqRel);
             self.socket.wake();
         }
     }
@@ -130,7 +131,7 @@ impl Gate {
             if credit() < self.limit / 2 {
                 return None;
             }
-            self.closed.store(false, Ordering::Release);
+            self.open();
         }
         usize::try_from(credit()).ok().filter(|left| *left > 0)
     }
@@ -195,7 +196,7 @@ impl Reactor for GatedReactor {
             if gate.is_aborted() {
                 return Err(ended());
             }
-            Ok(Gated { socket, gate, tokio, trickle: None })
+            Ok(Gated { socket, gate })
         }
     }
 }
@@ -204,29 +205,11 @@ impl Reactor for GatedReactor {
 pub(crate) struct Gated {
     socket: <Tokio as Reactor>::TcpStream,
     gate: Arc<Gate>,
-    tokio: Tokio,
-    /// Runs while the gate is closed.
-    trickle: Option<Pin<Box<<Tokio as Reactor>::Sleep>>>,
 }
 
 impl fmt::Debug for Gated {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Gated")
-    }
-}
-
-impl Gated {
-    /// How many bytes may be read now.
-    fn poll_allowance(&mut self, cx: &mut Context<'_>) -> Poll<usize> {
-        if let Some(left) = self.gate.allowance(cx.waker()) {
-            self.trickle = None;
-            return Poll::Ready(left);
-        }
-        let tokio = &self.tokio;
-        let trickle = self.trickle.get_or_insert_with(|| Box::pin(tokio.sleep(TRICKLE_EVERY)));
-        std::task::ready!(trickle.as_mut().poll(cx));
-        self.trickle = None;
-        Poll::Ready(TRICKLE_BYTES)
     }
 }
 
@@ -240,7 +223,8 @@ impl AsyncRead for Gated {
         if self.gate.is_aborted() {
             return Poll::Ready(Err(ended()));
         }
-        let allowed = std::task::ready!(self.poll_allowance(cx)).min(buffer.len());
+        let Some(left) = self.gate.allowance(cx.waker()) else { return Poll::Pending };
+        let allowed = left.min(buffer.len());
         let read = std::task::ready!(Pin::new(&mut self.socket).poll_read(cx, &mut buffer[..allowed]))?;
         self.gate.read(read);
         Poll::Ready(Ok(read))
@@ -289,14 +273,18 @@ mod tests {
         assert_eq!(gate.allowance(waker), Some(100));
         gate.read(100);
         assert_eq!(gate.allowance(waker), None);
-        assert!(gate.is_closed());
+        let cx = &mut Context::from_waker(waker);
+        let first = gate.closing(cx);
+        assert!(first.is_some());
         gate.taken(49);
-        assert_eq!(gate.allowance(waker), None);
+        assert_eq!((gate.allowance(waker), gate.closing(cx)), (None, first));
         gate.taken(1);
+        assert_eq!(gate.closing(cx), None);
         assert_eq!(gate.allowance(waker), Some(50));
         gate.read(50);
         assert_eq!(gate.allowance(waker), None);
-        gate.empty(&mut Context::from_waker(waker));
+        assert!(gate.closing(cx).is_some_and(|second| Some(second) != first));
+        gate.empty(cx);
         assert_eq!(gate.allowance(waker), Some(100));
     }
 

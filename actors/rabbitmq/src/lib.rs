@@ -37,6 +37,7 @@ mod client;
 mod context;
 mod dial;
 mod gate;
+mod intake;
 mod link;
 pub mod options;
 mod publish;

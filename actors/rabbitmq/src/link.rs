@@ -20,6 +20,7 @@ use martlet_core::transport::Subscription;
 
 use crate::address::{self, without_secrets};
 use crate::gate::{self, Gate};
+use crate::intake::Room;
 use crate::options::{Common, RmqExchangeType, RmqTlsOptions};
 use crate::wire::{self, Limits};
 
@@ -42,13 +43,23 @@ pub(crate) struct Settings {
 /// What only one side needs.
 #[derive(Debug)]
 pub(crate) enum Side {
-    Server { consumer_tag: String, max_in_flight: usize, receive_buffer_bytes: usize },
+    Server { consumer_tag: String, max_in_flight: usize, room: Room },
     Client { headers: FieldTable, reply_queue: String, persistent: bool, max_unconfirmed: usize },
 }
 
 impl Settings {
     pub(crate) fn limits(&self) -> Limits {
         Limits { header_bytes: self.common.max_header_bytes, body_bytes: self.common.max_body_bytes }
+    }
+
+    /// RMQ-18: what may wait here of a broker that knows no window. A client's replies are bounded by its calls.
+    pub(crate) fn room(&self) -> Option<Room> {
+        match self.side {
+            Side::Server { room, .. } if self.common.no_ack => {
+                Some(Room { buffer_bytes: room.buffer_bytes.max(4096), ..room })
+            }
+            _ => None,
+        }
     }
 
     /// RMQ-15: how many messages the broker may have delivered without an acknowledgement.
@@ -104,11 +115,7 @@ impl Link {
             }
             _ => OwnedTLSConfig::default(),
         };
-        let bytes = match &settings.side {
-            Side::Server { receive_buffer_bytes, .. } => (*receive_buffer_bytes).max(4096),
-            Side::Client { .. } => 0,
-        };
-        let gate = Gate::new(bytes);
+        let gate = Gate::new(settings.room().map(|room| room.buffer_bytes).unwrap_or_default());
         let mut guard = AbortGuard(Some(Arc::clone(&gate)));
         let mut properties = ConnectionProperties::default();
         if let Some(name) = &common.connection_name {
@@ -330,6 +337,11 @@ fn tls_config(options: &RmqTlsOptions) -> Result<OwnedTLSConfig, SessionError> {
 }
 
 // === errors ===
+
+/// Why the session is over; calls under way end with it.
+pub(crate) fn lost(error: &dyn std::fmt::Display) -> SessionError {
+    SessionError::lost(format!("the connection to the broker was lost: {error}"))
+}
 
 /// What follows from a failure to connect, and why it failed, in words.
 fn explain_connecting(shown: &str, error: &lapin::Error) -> SessionError {

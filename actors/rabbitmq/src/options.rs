@@ -303,9 +303,14 @@ martlet_core::transport_options! {
         /// Requests and events in work at once; at the limit reading pauses, and the broker keeps what it has.
         /// Default 1024.
         "maxInFlight" max_in_flight: usize = 1024, (usize) |requests| requests;
-        /// Bytes that may have arrived and wait for their turn with `noAck` true; above it nothing is read from
-        /// the connection, and the broker keeps what it has. Default 1,048,576.
+        /// With `noAck` true: bytes that may have arrived and wait for their turn, 4096 at least. Above it nothing
+        /// is read from the connection, and if that lasts for half a second the consumer is cancelled until there is
+        /// room again; either way the broker keeps what it has. Default 1,048,576.
         "receiveBufferBytes" receive_buffer_bytes: usize = 1024 * 1024, (usize) |bytes| bytes;
+        /// With `noAck` true: bytes of messages that the broker had on their way when the consumer was cancelled (some
+        /// 200 messages, and what the sockets hold). A message beyond is dropped, counted and reported. Default
+        /// 67,108,864.
+        "backlogBytes" backlog_bytes: usize = 64 * 1024 * 1024, (usize) |bytes| bytes;
         /// Bytes of replies that may wait before reading pauses. Default 262,144.
         "highWaterBytes" high_water_bytes: usize = 256 * 1024, (usize) |bytes| bytes;
     } from code {

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! One session with a broker, for both roles.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -14,7 +13,7 @@ use futures::future::LocalBoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt};
 use lapin::message::Delivery as Arrived;
-use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicNackOptions};
+use lapin::options::{BasicAckOptions, BasicNackOptions};
 use lapin::types::{FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Consumer, Event};
 use martlet_core::Headers;
@@ -26,7 +25,8 @@ use martlet_core::transport::{
 };
 
 use crate::context::RmqContext;
-use crate::link::{self, Link, ROUND_TRIP_LIMIT, Settings, Side};
+use crate::intake::Intake;
+use crate::link::{self, Link, ROUND_TRIP_LIMIT, Settings, Side, lost};
 use crate::publish::{Confirmed, Outcome, Outgoing, Replies, What};
 use crate::routes::Routes;
 use crate::settle::{SettleFrame, Settler, Verdict, Window};
@@ -44,6 +44,7 @@ struct Shared {
     settings: Arc<Settings>,
     /// Where messages are consumed and settled; a client publishes here, too.
     channel: Rc<Channel>,
+    intake: RefCell<Intake>,
     /// `None` where nothing is acknowledged.
     settler: Option<Arc<Settler>>,
     /// With wildcards.
@@ -51,8 +52,6 @@ struct Shared {
     outcomes: Rc<RefCell<VecDeque<Outcome>>>,
     /// What is to be reported before the next message.
     reports: RefCell<VecDeque<String>>,
-    /// The broker has blocked publishing.
-    blocked: Cell<bool>,
 }
 
 impl Shared {
@@ -75,7 +74,6 @@ impl Drop for Shared {
 /// A session over one AMQP connection.
 pub struct RmqSession {
     shared: Rc<Shared>,
-    consumer: Consumer,
     out: Out,
     queue: ShortString,
     peer: Arc<str>,
@@ -135,17 +133,19 @@ impl RmqSession {
     ) -> Self {
         let outcomes = Rc::<RefCell<VecDeque<Outcome>>>::default();
         let out = out(Rc::clone(&outcomes));
+        let channel = Rc::new(channel);
+        let intake = Intake::new(Rc::clone(&channel), Arc::clone(&link.gate), consumer, settings.room());
         let shared = Shared {
             link,
             settings,
-            channel: Rc::new(channel),
+            channel,
+            intake: RefCell::new(intake),
             settler,
             routes: RefCell::new(routes),
             outcomes,
             reports: RefCell::default(),
-            blocked: Cell::new(false),
         };
-        Self { shared: Rc::new(shared), consumer, out, queue, peer }
+        Self { shared: Rc::new(shared), out, queue, peer }
     }
 }
 
@@ -163,11 +163,9 @@ impl Session for RmqSession {
     }
 
     fn split(self) -> (RmqReader, RmqWriter) {
-        let Self { shared, consumer, out, queue, .. } = self;
+        let Self { shared, out, queue, .. } = self;
         let reader = RmqReader {
-            consumer,
             events: shared.link.connection.events_listener().boxed(),
-            phase: Phase::Open,
             shared: Rc::clone(&shared),
         };
         let writer = RmqWriter::new(shared, out, queue);
@@ -180,9 +178,7 @@ impl Session for RmqSession {
 /// The half that reads.
 pub struct RmqReader {
     shared: Rc<Shared>,
-    consumer: Consumer,
     events: BoxStream<'static, Event>,
-    phase: Phase,
 }
 
 impl std::fmt::Debug for RmqReader {
@@ -191,29 +187,16 @@ impl std::fmt::Debug for RmqReader {
     }
 }
 
-enum Phase {
-    Open,
-    /// Waiting for the broker to have sent everything.
-    Draining {
-        cancelled: LocalBoxFuture<'static, ()>,
-        limit: Pin<Box<tokio::time::Sleep>>,
-    },
-    /// Everything has arrived: what waits here is all there is.
-    Last,
-}
-
 impl RmqReader {
     /// Looks at what the driver reports of the connection.
     fn take_events(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
         while let Poll::Ready(Some(event)) = self.events.poll_next_unpin(cx) {
             match event {
                 Event::ConnectionBlocked(reason) => {
-                    self.shared.blocked.set(true);
                     self.shared
                         .report(format!("the broker has blocked publishing, messages wait here: {reason}"));
                 }
                 Event::ConnectionUnblocked => {
-                    self.shared.blocked.set(false);
                     self.shared.report("the broker takes messages again".to_owned());
                 }
                 Event::Error(error) if !self.shared.link.connection.status().connected() => {
@@ -271,11 +254,19 @@ impl RmqReader {
         if is_event { Inbound::Event(delivery) } else { Inbound::Request(delivery) }
     }
 
-    /// A reply; `None` when it is for nobody here.
-    fn reply(&self, arrived: &Arrived, body: Bytes) -> Option<Inbound<RmqReplyTo>> {
-        let id = arrived.properties.correlation_id().as_ref()?.as_str();
-        PacketId::from_text(id.as_bytes())?;
-        Some(Inbound::Response(wire::decode_response(&*self.shared.settings.codec, id, &body)))
+    /// RMQ-10: a reply, by its correlation alone.
+    fn reply(&self, arrived: Arrived) -> Inbound<RmqReplyTo> {
+        let Some(id) = arrived.properties.correlation_id() else {
+            return Inbound::Bad { reason: "a reply has no correlationId".to_owned() };
+        };
+        let id = id.as_str();
+        if PacketId::from_text(id.as_bytes()).is_none() {
+            return Inbound::Bad {
+                reason: format!("a reply has the correlationId {id:?}, which no call has"),
+            };
+        }
+        let body = Bytes::from(arrived.data);
+        Inbound::Response(wire::decode_response(&*self.shared.settings.codec, id, &body))
     }
 
     fn outcome(&self, outcome: Outcome) -> Inbound<RmqReplyTo> {
@@ -300,28 +291,6 @@ impl RmqReader {
             }
         }
     }
-
-    /// Whether everything that there will ever be has been read.
-    fn is_drained(&mut self, cx: &mut Context<'_>) -> bool {
-        match &mut self.phase {
-            Phase::Open => false,
-            Phase::Draining { cancelled, limit } => {
-                // A broker that does not answer is not waited for for ever.
-                if cancelled.as_mut().poll(cx).is_ready() || limit.as_mut().poll(cx).is_ready() {
-                    self.phase = Phase::Last;
-                    // What arrived before the answer may have to be asked for once more.
-                    cx.waker().wake_by_ref();
-                }
-                false
-            }
-            Phase::Last => true,
-        }
-    }
-}
-
-/// Why the session is over; calls under way end with it.
-fn lost(error: &lapin::Error) -> SessionError {
-    SessionError::lost(format!("the connection to the broker was lost: {error}"))
 }
 
 impl SessionReader<RmqReplyTo> for RmqReader {
@@ -332,33 +301,24 @@ impl SessionReader<RmqReplyTo> for RmqReader {
                 return Poll::Ready(Some(Ok(self.outcome(outcome))));
             }
             let report = self.shared.reports.borrow_mut().pop_front();
-            if let Some(reason) = report {
+            if let Some(reason) = report.or_else(|| self.shared.intake.borrow_mut().take_dropped()) {
                 return Poll::Ready(Some(Ok(Inbound::Bad { reason })));
             }
-            match self.consumer.poll_next_unpin(cx) {
-                Poll::Ready(Some(Ok(mut arrived))) => {
-                    self.shared.link.gate.taken(arrived.data.len());
-                    if matches!(self.shared.settings.side, Side::Server { .. }) {
-                        return Poll::Ready(Some(Ok(self.deliver(arrived))));
-                    }
-                    let body = Bytes::from(std::mem::take(&mut arrived.data));
-                    if let Some(inbound) = self.reply(&arrived, body) {
-                        return Poll::Ready(Some(Ok(inbound)));
-                    }
+            let arrived = self.shared.intake.borrow_mut().poll_next(cx)?;
+            match arrived {
+                Poll::Ready(Some(arrived)) => {
+                    let inbound = match self.shared.settings.side {
+                        Side::Server { .. } => self.deliver(arrived),
+                        Side::Client { .. } => self.reply(arrived),
+                    };
+                    return Poll::Ready(Some(Ok(inbound)));
                 }
-                Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(Err(lost(&error)))),
-                Poll::Ready(None) if !matches!(self.phase, Phase::Open) => return Poll::Ready(None),
-                // RMQ-17: its queue was deleted. The runtime makes a new session, which declares it again.
                 Poll::Ready(None) => {
-                    let text = "the broker has cancelled the consumer: its queue was deleted";
-                    return Poll::Ready(Some(Err(SessionError::lost(text))));
+                    let dropped = self.shared.intake.borrow_mut().take_dropped();
+                    return Poll::Ready(dropped.map(|reason| Ok(Inbound::Bad { reason })));
                 }
                 Poll::Pending => {
-                    self.shared.link.gate.empty(cx);
                     self.take_events(cx)?;
-                    if self.is_drained(cx) {
-                        return Poll::Ready(None);
-                    }
                     if self.shared.reports.borrow().is_empty() {
                         return Poll::Pending;
                     }
@@ -368,18 +328,9 @@ impl SessionReader<RmqReplyTo> for RmqReader {
     }
 
     fn drain(&mut self) {
-        if !matches!(self.phase, Phase::Open) || matches!(self.shared.settings.side, Side::Client { .. }) {
-            return;
+        if matches!(self.shared.settings.side, Side::Server { .. }) {
+            self.shared.intake.borrow_mut().drain();
         }
-        let (channel, tag) = (Rc::clone(&self.shared.channel), self.consumer.tag());
-        let cancelled = async move {
-            // An error means that the consumer has ended already.
-            let _ = channel.basic_cancel(tag, BasicCancelOptions::default()).await;
-        };
-        self.phase = Phase::Draining {
-            cancelled: cancelled.boxed_local(),
-            limit: Box::pin(tokio::time::sleep(ROUND_TRIP_LIMIT)),
-        };
     }
 }
 
@@ -505,6 +456,9 @@ impl RmqWriter {
         // RMQ-8: without an address the reply is lost, as in NestJS.
         let Some(address) = to.properties.reply_to().as_ref().filter(|address| !address.as_str().is_empty())
         else {
+            let pattern = to.pattern();
+            self.shared
+                .report(format!("a reply to a request for {pattern} was dropped: it named no replyTo"));
             return Ok(());
         };
         if !wire::is_sound_reply_address(address.as_str()) {
@@ -688,6 +642,7 @@ impl SessionWriter<RmqReplyTo> for RmqWriter {
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {
+        self.shared.intake.borrow_mut().tend(cx)?;
         self.write_settled(cx);
         let chores = self.poll_chores(cx)?;
         let settled = self.poll_settled(cx);

@@ -389,6 +389,12 @@ impl Subscriber {
         Poll::Ready(Ok(()))
     }
 
+    /// Whether what waits must not keep what it was read with: where most of that is dropped, a few messages would hold
+    /// many times their size.
+    fn is_pressed(&self) -> bool {
+        self.queue.len() >= self.capacity / 2 || self.queue_bytes >= self.capacity_bytes / 2
+    }
+
     /// Takes in what has arrived, within the bounds; whatever it returns, the task is woken when there is more.
     pub(crate) fn poll_read(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
         for _ in 0..READS {
@@ -471,7 +477,14 @@ impl Subscriber {
                     self.input.advance(length);
                     return Ok(());
                 }
-                let mut bytes = self.input.split_to(length).freeze();
+                let mut bytes = match self.is_pressed() {
+                    false => self.input.split_to(length).freeze(),
+                    true => {
+                        let copy = Bytes::copy_from_slice(&self.input[..length]);
+                        self.input.advance(length);
+                        copy
+                    }
+                };
                 let channel = pattern.is_some().then(|| bytes.slice(channel));
                 bytes.truncate(body.end);
                 bytes.advance(body.start);

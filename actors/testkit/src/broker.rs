@@ -386,6 +386,29 @@ impl Broker {
         self.signal("CONT")
     }
 
+    /// Runs a tool of the broker's (`rabbitmqctl`) in the environment that the broker was started in, and waits for it.
+    /// Linux alone.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be run, or fails; the reason has what it said.
+    pub fn run_tool(&self, program: &str, arguments: &[&str]) -> Result<(), BrokerError> {
+        let id = self.process.as_ref().map(Child::id).ok_or_else(|| self.not_ready("it is stopped"))?;
+        let environment = std::fs::read(format!("/proc/{id}/environ"))?;
+        let variables = environment.split(|byte| *byte == 0).filter_map(|line| {
+            let line = std::str::from_utf8(line).ok()?;
+            line.split_once('=')
+        });
+        let output = Command::new(program).args(arguments).env_clear().envs(variables).output()?;
+        match output.status.success() {
+            true => Ok(()),
+            false => {
+                let said = [output.stdout, output.stderr].concat();
+                Err(self.not_ready(&format!("{program}: {}", String::from_utf8_lossy(&said).trim())))
+            }
+        }
+    }
+
     fn signal(&self, name: &str) -> Result<(), BrokerError> {
         let Some(process) = &self.process else {
             return Err(self.not_ready("it is stopped"));

@@ -3,9 +3,11 @@
 #![allow(clippy::unwrap_used)]
 
 mod acks;
+mod blocked;
 mod config;
 mod conformance;
 mod faults;
+mod flood;
 mod messages;
 mod raw;
 mod storm;

@@ -10,6 +10,7 @@ use martlet_core::{CallError, Ctx, Data, HandlerGroup, Pattern, RpcError, event,
 use martlet_rabbitmq::{
     RmqClient, RmqContext, RmqExchangeType, RmqQueueOptions, RmqRecordBuilder, RmqRecordOptions,
 };
+use parking_lot::Mutex;
 use serde_json::json;
 
 use crate::raw::Raw;
@@ -271,9 +272,13 @@ async fn what_is_no_packet_is_reported_and_disturbs_nobody() {
             "[".repeat(5000),
             "]".repeat(5000)
         );
+        let replies = raw.replies().await;
         raw.publish(&queue, &deep, raw.asking("deep")).await;
+        assert!(String::from_utf8_lossy(&replies.next().await.data).contains("err"));
         let huge = format!("{{\"pattern\":\"sum\",\"data\":\"{}\"}}", "x".repeat(8 << 20));
         raw.publish(&queue, &huge, BasicProperties::default()).await;
+        // RMQ-8: a request without an address.
+        raw.publish(&queue, r#"{"pattern":"sum","data":[1],"id":"1"}"#, BasicProperties::default()).await;
     };
     let (slow, ()) = futures::join!(slow, others);
     assert_eq!(slow.unwrap(), 300);
@@ -282,6 +287,7 @@ async fn what_is_no_packet_is_reported_and_disturbs_nobody() {
     })
     .await;
     until("the unknown ones are, too", || reports.contain("nobody") && reports.contain("undefined")).await;
+    until("the missing address is", || reports.contain("for sum was dropped: it named no replyTo")).await;
     assert_eq!(client.send::<i64>("sum", [1, 2]).await.unwrap(), 3);
     client.close().await;
     assert!(service.stop(GRACE).await.clean);
@@ -362,6 +368,9 @@ async fn replies_that_are_no_replies_end_their_call() {
     raw.declare(&queue).await;
     let requests = raw.consume(&queue).await;
     let client = client(&broker, &queue);
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let sink = Arc::clone(&told);
+    client.events().on(move |event| sink.lock().push(event.to_string()));
     for (reply, expected) in [("plain", json!("plain")), ("", json!("")), (r#"{"x":1}"#, json!({"x": 1}))] {
         let call = client.send::<serde_json::Value>("anything", 1);
         let answer = async {
@@ -378,6 +387,10 @@ async fn replies_that_are_no_replies_end_their_call() {
         assert_eq!(futures::join!(call, answer).0.unwrap(), expected);
     }
     assert_eq!(client.occupied(), 0);
+    // RMQ-10.
+    for words in ["a reply has no correlationId", "the correlationId \"nope\", which no call has"] {
+        assert!(told.lock().iter().any(|event| event.contains(words)), "{words}: {told:?}");
+    }
     client.close().await;
 }
 

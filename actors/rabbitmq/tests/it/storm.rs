@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Many calls and events while the broker is killed, started again and frozen, and lines are cut; and a producer
-//! that is faster than its handlers.
+//! Many calls and events while the broker is killed, started again and frozen, and lines are cut.
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -16,11 +15,18 @@ use martlet_testkit::storm::{Storm, every_route_answers};
 use parking_lot::Mutex;
 
 use crate::raw::Raw;
-use crate::world::{GRACE, client_options, server_options, shared_broker, unique, until};
+use crate::world::{GRACE, client_options, server_options, unique, until};
 
 const CALLS: u64 = 50_000;
 const EVENTS: u64 = 50_000;
 const RESTARTS: u64 = 10;
+
+/// On each client.
+const CALLS_IN_FLIGHT: usize = 150;
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+
+const EVENTS_IN_FLIGHT: usize = 200;
+const EVENT_TIMEOUT: Duration = Duration::from_secs(20);
 
 fn url(relay: &Relay) -> [String; 1] {
     [format!("amqp://127.0.0.1:{}", relay.port())]
@@ -33,30 +39,60 @@ fn quick() -> RmqSocketOptions {
         .reconnect_time(Duration::from_millis(50))
 }
 
+/// What has been done to the lines and the broker.
+#[derive(Debug, Default)]
+struct Disturbances {
+    /// How often each line was cut.
+    cuts: Vec<u64>,
+    /// For how long the broker was not there, each time.
+    outages: Vec<Duration>,
+}
+
+impl Disturbances {
+    /// How many calls they can have ended at most, with so many in flight over each line: a cut what was in flight over
+    /// its line, an outage all, and all once more for each time that calls run out of time while nothing is there.
+    fn most(&self, in_flight: &[u64], timeout: Duration) -> u64 {
+        let all: u64 = in_flight.iter().max().copied().unwrap_or_default();
+        let cuts: u64 = self.cuts.iter().zip(in_flight).map(|(cuts, in_flight)| cuts * in_flight).sum();
+        // Both sides have a second for getting their connections back.
+        let waves = |outage: &Duration| {
+            1 + (*outage + Duration::from_secs(1)).as_millis().div_ceil(timeout.as_millis()) as u64
+        };
+        cuts + self.outages.iter().map(|outage| waves(outage) * all).sum::<u64>()
+    }
+}
+
 /// Kills, restarts and freezes the broker and cuts lines as the work goes on, `done` saying how far it is.
-fn chaos(mut broker: Broker, relays: &[Relay], total: u64, done: impl Fn() -> u64) -> (Broker, u64) {
+fn chaos(mut broker: Broker, relays: &[Relay], total: u64, done: impl Fn() -> u64) -> (Broker, Disturbances) {
+    let mut disturbances = Disturbances { cuts: vec![0; relays.len()], ..Disturbances::default() };
     let mut cut = 0u64;
-    let mut cut_until = |goal: u64| {
+    let mut cut_until = |goal: u64, cuts: &mut [u64]| {
         while done() < goal {
             std::thread::sleep(Duration::from_millis(100 + cut * 37 % 290));
             // One line after the other, the service's, which is the first, less often than the clients'.
-            relays[[1, 2, 1, 2, 0][cut as usize % 5] % relays.len()].cut_one(cut as usize);
+            let line = [1, 2, 1, 2, 0][cut as usize % 5] % relays.len();
+            relays[line].cut_one(cut as usize);
+            cuts[line] += 1;
             cut += 1;
         }
     };
     for restart in 1..=RESTARTS {
-        cut_until(restart * total / (RESTARTS + 2));
+        cut_until(restart * total / (RESTARTS + 2), &mut disturbances.cuts);
+        let begin = Instant::now();
         broker.stop();
         std::thread::sleep(Duration::from_millis(restart * 13 % 100));
         broker.restart().unwrap();
+        disturbances.outages.push(begin.elapsed());
         if restart % 5 == 0 {
+            let begin = Instant::now();
             broker.freeze().unwrap();
             std::thread::sleep(Duration::from_millis(if restart == 5 { 500 } else { 3000 }));
             broker.thaw().unwrap();
+            disturbances.outages.push(begin.elapsed());
         }
     }
-    cut_until((RESTARTS + 1) * total / (RESTARTS + 2));
-    (broker, cut)
+    cut_until((RESTARTS + 1) * total / (RESTARTS + 2), &mut disturbances.cuts);
+    (broker, disturbances)
 }
 
 #[actix::test]
@@ -77,19 +113,20 @@ async fn fifty_thousand_calls_survive_ten_restarts_of_the_broker() {
         .iter()
         .map(|relay| {
             let options = client_options(&broker, &queue).urls(url(relay)).socket_options(quick());
-            RmqClient::new(options.call_timeout(Duration::from_secs(5)))
+            RmqClient::new(options.call_timeout(CALL_TIMEOUT))
         })
         .collect();
     let chaos = {
         let storm = storm.clone();
         move || {
-            let (broker, cuts) = chaos(broker, &relays, CALLS, || storm.ended());
-            (broker, relays, cuts)
+            let (broker, disturbances) = chaos(broker, &relays, CALLS, || storm.ended());
+            (broker, relays, disturbances)
         }
     };
-    let (outcomes, chaos) =
-        futures::join!(storm.run(&clients, 150), async { tokio::task::spawn_blocking(chaos).await.unwrap() });
-    let (broker, relays, cuts) = chaos;
+    let (outcomes, chaos) = futures::join!(storm.run(&clients, CALLS_IN_FLIGHT), async {
+        tokio::task::spawn_blocking(chaos).await.unwrap()
+    });
+    let (broker, relays, disturbances) = chaos;
     let server = service.servers()[0].clone();
     until("the service is connected", || server.status() == Some(ConnectionStatus::Connected)).await;
     for client in &clients {
@@ -100,8 +137,13 @@ async fn fifty_thousand_calls_survive_ten_restarts_of_the_broker() {
     let report = service.stop(GRACE).await;
     assert!(report.clean, "{report:?}");
     storm.check_runs();
-    eprintln!("{outcomes:?}; {RESTARTS} restarts, {cuts} cuts; {:.1?}", begin.elapsed());
-    assert!(outcomes["value"] > CALLS / 4, "{outcomes:?}");
+    // What the service had taken and not answered ends by its timeout, of whichever client it is.
+    let one = CALLS_IN_FLIGHT as u64;
+    let most = disturbances.most(&[2 * one, one, one], CALL_TIMEOUT);
+    eprintln!("{outcomes:?}, {most} at most without value; {disturbances:.1?}; {:.1?}", begin.elapsed());
+    assert!(outcomes["value"] >= CALLS.saturating_sub(most), "{outcomes:?}");
+    // A client that connects again without end refuses nothing.
+    assert!(outcomes.keys().all(|kind| ["value", "lost", "timeout"].contains(kind)), "{outcomes:?}");
     assert!(outcomes.contains_key("lost"), "{outcomes:?}");
     drop((relays, broker));
 }
@@ -134,14 +176,14 @@ async fn of_fifty_thousand_events_none_that_was_confirmed_is_lost() {
             .urls(url(&relays[1]))
             .socket_options(quick())
             .persistent(true)
-            .call_timeout(Duration::from_secs(20)),
+            .call_timeout(EVENT_TIMEOUT),
     );
     let ended = Arc::new(AtomicU64::new(0));
     let chaos = {
         let ended = Arc::clone(&ended);
         move || {
-            let (broker, cuts) = chaos(broker, &relays, EVENTS, || ended.load(Ordering::Relaxed));
-            (broker, relays, cuts)
+            let (broker, disturbances) = chaos(broker, &relays, EVENTS, || ended.load(Ordering::Relaxed));
+            (broker, relays, disturbances)
         }
     };
     let emitting = futures::stream::iter(0..EVENTS)
@@ -156,11 +198,11 @@ async fn of_fifty_thousand_events_none_that_was_confirmed_is_lost() {
                 (number, result)
             }
         })
-        .buffer_unordered(200)
+        .buffer_unordered(EVENTS_IN_FLIGHT)
         .collect::<Vec<_>>();
     let (results, chaos) =
         futures::join!(emitting, async { tokio::task::spawn_blocking(chaos).await.unwrap() });
-    let (broker, relays, cuts) = chaos;
+    let (broker, relays, disturbances) = chaos;
     let confirmed: Vec<u64> =
         results.iter().filter(|(_, result)| result.is_ok()).map(|(number, _)| *number).collect();
     let refused =
@@ -187,124 +229,16 @@ async fn of_fifty_thousand_events_none_that_was_confirmed_is_lost() {
             "{number}"
         );
     }
+    // The service's line does not end what its sender waits for.
+    let most = disturbances.most(&[0, EVENTS_IN_FLIGHT as u64], EVENT_TIMEOUT);
     let twice = runs.values().filter(|count| **count > 1).count();
     eprintln!(
-        "{} of {EVENTS} confirmed, {refused} not sent, {twice} handled more than once; {cuts} cuts; {:.1?}",
+        "{} of {EVENTS} confirmed, {most} at most are not, {twice} handled more than once; {disturbances:.1?}; {:.1?}",
         confirmed.len(),
         begin.elapsed()
     );
-    assert!(confirmed.len() as u64 > EVENTS / 4);
+    assert!(confirmed.len() as u64 >= EVENTS.saturating_sub(most));
+    assert_eq!(refused, 0);
     assert!(twice >= 90, "{twice} redelivered");
     drop((relays, broker));
-}
-
-/// What the process has in memory, in bytes.
-fn resident() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
-}
-
-/// Publishes more than the service may hold, while its handlers are slow; says how much memory that took.
-async fn flood(no_ack: bool) {
-    const MESSAGES: u64 = 30_000;
-    const BYTES: usize = 4096;
-    let broker = shared_broker();
-    let queue = unique("flood");
-    let (handled, open) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
-    let (count, gate) = (Arc::clone(&handled), Arc::clone(&open));
-    let group = event("evt", move || {
-        let (count, gate) = (Arc::clone(&count), Arc::clone(&gate));
-        async move {
-            while !gate.load(Ordering::Relaxed) {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-            count.fetch_add(1, Ordering::Relaxed);
-            Ok::<_, RpcError>(())
-        }
-    });
-    let mut server = server_options(&broker, &queue)
-        .max_in_flight(50)
-        .receive_buffer_bytes(256 * 1024)
-        .socket_options(quick().heartbeat_interval(Duration::from_secs(2)));
-    if !no_ack {
-        server = server.no_ack(false).on_failure(FailurePolicy::DeadLetter);
-    }
-    let service =
-        Microservice::new().arbiters(1).handlers(group).server(RmqServer::new(server)).start().await.unwrap();
-    let client = RmqClient::new(client_options(&broker, &queue));
-    client.connect().await.unwrap();
-    let before = resident();
-    let payload = "x".repeat(BYTES);
-    futures::stream::iter(0..MESSAGES)
-        .map(|_| client.emit("evt", &payload))
-        .buffer_unordered(100)
-        .for_each(|result| async { result.unwrap() })
-        .await;
-    // For longer than heartbeats are waited for, for less than a broker waits for a peer that takes nothing (15 s).
-    tokio::time::sleep(Duration::from_secs(6)).await;
-    let grown = resident().saturating_sub(before);
-    assert_eq!(handled.load(Ordering::Relaxed), 0);
-    let raw = Raw::connect(&broker).await;
-    let waiting = raw.waiting(&queue).await;
-    eprintln!("no_ack {no_ack}: {waiting} wait at the broker, {} KiB more here", grown / 1024);
-    // Of 120 MiB, the broker has nearly all: what was read and what the sockets hold is all that is not there.
-    assert!(u64::from(waiting) > MESSAGES * 3 / 4, "{waiting}");
-    assert!(grown < 60 << 20, "{grown} bytes");
-    assert_eq!(service.servers()[0].status(), Some(ConnectionStatus::Connected));
-    open.store(true, Ordering::Relaxed);
-    let limit = Instant::now() + Duration::from_secs(60);
-    while handled.load(Ordering::Relaxed) < MESSAGES && Instant::now() < limit {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    // Nothing was dropped, nothing came twice.
-    assert_eq!(handled.load(Ordering::Relaxed), MESSAGES);
-    client.close().await;
-    assert!(service.stop(GRACE).await.clean);
-    assert_eq!(handled.load(Ordering::Relaxed), MESSAGES);
-}
-
-/// What waits in the queue comes as soon as there is a consumer: before the session takes anything.
-#[actix::test]
-async fn a_service_starts_on_a_full_queue() {
-    const MESSAGES: u64 = 2000;
-    let broker = shared_broker();
-    for no_ack in [true, false] {
-        let queue = unique("full");
-        let client = RmqClient::new(client_options(&broker, &queue));
-        let payload = "x".repeat(4096);
-        futures::stream::iter(0..MESSAGES)
-            .map(|_| client.emit("evt", &payload))
-            .buffer_unordered(100)
-            .for_each(|result| async { result.unwrap() })
-            .await;
-        let handled = Arc::new(AtomicU64::new(0));
-        let count = Arc::clone(&handled);
-        let group = event("evt", move || {
-            count.fetch_add(1, Ordering::Relaxed);
-            std::future::ready(Ok::<_, RpcError>(()))
-        });
-        let mut server = server_options(&broker, &queue).receive_buffer_bytes(64 * 1024);
-        if !no_ack {
-            server = server.no_ack(false).on_failure(FailurePolicy::DeadLetter);
-        }
-        let service = Microservice::new().arbiters(1).handlers(group).server(RmqServer::new(server));
-        let service = tokio::time::timeout(Duration::from_secs(10), service.start()).await.unwrap().unwrap();
-        let limit = Instant::now() + Duration::from_secs(30);
-        while handled.load(Ordering::Relaxed) < MESSAGES && Instant::now() < limit {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        assert_eq!(handled.load(Ordering::Relaxed), MESSAGES, "no_ack {no_ack}");
-        client.close().await;
-        assert!(service.stop(GRACE).await.clean);
-    }
-}
-
-#[actix::test]
-async fn without_acknowledgement_a_slow_handler_holds_the_broker_back() {
-    flood(true).await;
-}
-
-#[actix::test]
-async fn with_acknowledgement_the_brokers_window_holds_it_back() {
-    flood(false).await;
 }

@@ -8,7 +8,10 @@ use std::time::Duration;
 use martlet_core::ClientProxy;
 use martlet_rabbitmq::{RmqClient, RmqClientOptions, RmqServerOptions, RmqSocketOptions};
 use martlet_testkit::broker::{Broker, BrokerCommand};
-pub(crate) use martlet_testkit::world::{GRACE, failing, serve, slow, streaming, sum, sum_object, until};
+use martlet_testkit::world::Reports;
+pub(crate) use martlet_testkit::world::{
+    GRACE, failing, serve, serve_apart, slow, streaming, sum, sum_object, until,
+};
 use parking_lot::Mutex;
 
 /// The node that tests share which leave it alone; it ends when no test needs it.
@@ -47,4 +50,10 @@ pub(crate) fn client_options(broker: &Broker, queue: &str) -> RmqClientOptions {
 
 pub(crate) fn client(broker: &Broker, queue: &str) -> ClientProxy {
     RmqClient::new(client_options(broker, queue))
+}
+
+/// How many messages a service has reported as dropped.
+pub(crate) fn dropped(reports: &Reports) -> u64 {
+    let of = |line: &String| line.split_once(" messages (")?.0.rsplit(' ').next()?.parse::<u64>().ok();
+    reports.all().iter().filter_map(of).sum()
 }

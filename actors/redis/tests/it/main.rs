@@ -5,6 +5,7 @@
 mod config;
 mod conformance;
 mod faults;
+mod flood;
 mod messages;
 mod refusals;
 mod storm;
