@@ -4,6 +4,7 @@
 
 mod calls;
 mod config;
+mod confirm;
 mod conformance;
 mod delivery;
 mod faults;
