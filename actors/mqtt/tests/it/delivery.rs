@@ -22,7 +22,7 @@ use rumqttc_v5::mqttbytes::v5::{Packet, PubRel, Publish};
 
 use crate::raw::Raw;
 use crate::world::{
-    GRACE, Reports, broker, client, client_options, counting, serve, server_options, sum, until,
+    GRACE, broker, client, client_options, counting, dropped, serve, server_options, sum, until,
 };
 
 type Seen = Arc<Mutex<BTreeMap<u64, u32>>>;
@@ -302,19 +302,6 @@ async fn a_slow_handler_drops_and_counts_what_does_not_fit() {
     raw.subscribe("probe").await;
     tokio::time::sleep(Duration::from_millis(300)).await;
     gate.add_permits(1_000_000);
-    let dropped = |reports: &Reports| -> u64 {
-        let all = reports.all();
-        let told = all.iter().filter(|report| report.contains("were dropped"));
-        told.filter_map(|report| {
-            report
-                .split("input: ")
-                .nth(1)
-                .unwrap_or(report)
-                .split(' ')
-                .find_map(|word| word.parse::<u64>().ok())
-        })
-        .sum()
-    };
     until("all are accounted for", || count.load(Ordering::Relaxed) + dropped(&reports) == EVENTS).await;
     // Two hundred thousand bytes of them waited, and those in flight.
     let handled = count.load(Ordering::Relaxed);

@@ -58,11 +58,6 @@ impl Raw {
         self.send(Packet::SubAck(SubAck { pkid: subscribe.pkid, return_codes, properties: None })).await;
     }
 
-    /// Sends bytes that are, perhaps, no packet.
-    pub(crate) async fn send_bytes(&mut self, bytes: &[u8]) {
-        self.stream.write_all(bytes).await.unwrap();
-    }
-
     pub(crate) async fn send(&mut self, packet: Packet) {
         let mut out = BytesMut::new();
         packet.write(&mut out, None).unwrap();
