@@ -72,12 +72,15 @@ pub(crate) struct AckTo {
     pub(crate) qos: MqttQos,
 }
 
-/// Bounds of a connection.
+/// Bounds of a connection, and what becomes of its end.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
     pub(crate) max_packet_bytes: usize,
     pub(crate) buffered_bytes: usize,
     pub(crate) publish_window: usize,
+    /// From which quality of service on the broker sends again what was not taken when the connection ended; `None`
+    /// if it does not.
+    pub(crate) comes_again: Option<MqttQos>,
 }
 
 /// The rest of a packet that is too large to be taken.
@@ -179,12 +182,15 @@ impl Link {
 
     /// Waits for the answer to CONNECT.
     pub(crate) fn poll_connack(&mut self, cx: &mut Context<'_>) -> Poll<Result<ConnAck, SessionError>> {
-        let worked = self.poll_work(cx);
+        let worked = self.poll_work(cx).map(drop);
         // A broker that refuses closes the connection behind its answer.
         if let Some(connack) = self.connack.take() {
             return Poll::Ready(Ok(connack));
         }
-        worked.map(|_| Poll::Pending)?
+        worked?;
+        // Whatever is left to be told of an earlier session: it can wait.
+        self.check_alive()?;
+        Poll::Pending
     }
 
     /// The connection is accepted; what is unfinished is sent again.
@@ -336,9 +342,9 @@ impl Link {
         }
     }
 
-    /// Bytes that are not yet on the wire.
+    /// Bytes that are not yet on the wire; none are waited for when it is gone.
     pub(crate) fn pending_bytes(&self) -> usize {
-        self.output.len() + self.flow.waiting_bytes()
+        if self.ended.is_some() { 0 } else { self.output.len() + self.flow.waiting_bytes() }
     }
 
     /// Acknowledges a message.
@@ -365,11 +371,15 @@ impl Link {
     /// Writes and reads what there is; ready when nothing is left to be written.
     pub(crate) fn poll_work(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, SessionError> {
         self.poll_keepalive(cx)?;
-        let _ = self.poll_write(cx)?;
+        let written = self.poll_write(cx);
+        // Also where the line takes no more: the broker may have said why.
         self.poll_read(cx);
+        if let Err(error) = written {
+            self.end(error);
+        }
         self.check_ended()?;
-        if self.flow.is_waiting() {
-            self.publish_waiting();
+        if self.ended.is_some() {
+            return Ok(Poll::Pending);
         }
         // What reading led to.
         let written = self.poll_write(cx)?;
@@ -409,7 +419,21 @@ impl Link {
         if self.ended.is_none()
             && let Err(error) = self.read_some(cx)
         {
-            self.ended = Some(error);
+            self.end(error);
+        }
+        // Acknowledgements may have made room.
+        if self.flow.is_waiting() {
+            self.publish_waiting();
+        }
+    }
+
+    /// The connection is over, which is told once everything that it brought has been taken.
+    fn end(&mut self, error: SessionError) {
+        self.ended.get_or_insert(error);
+        // Nothing can be acknowledged any more: what the broker delivers again in the next session does not run now.
+        if let Some(qos) = self.limits.comes_again {
+            self.arrived.retain(|publish| publish.qos < qos);
+            self.arrived_bytes = self.arrived.iter().map(size_of).sum();
         }
     }
 
@@ -650,7 +674,7 @@ impl Link {
             // Not acknowledged: the broker keeps it for the next session.
             return;
         }
-        let size = publish.topic.len() + publish.payload.len() + ARRIVAL_OVERHEAD;
+        let size = size_of(&publish);
         if publish.qos == MqttQos::AtMostOnce
             && !self.arrived.is_empty()
             && self.arrived_bytes + size > self.limits.buffered_bytes
@@ -680,7 +704,7 @@ impl Link {
     /// The next message that arrived.
     pub(crate) fn next_arrival(&mut self) -> Option<Publish> {
         let publish = self.arrived.pop_front()?;
-        self.arrived_bytes -= publish.topic.len() + publish.payload.len() + ARRIVAL_OVERHEAD;
+        self.arrived_bytes -= size_of(&publish);
         Some(publish)
     }
 
@@ -697,6 +721,11 @@ impl Link {
             self.dropped_before, self.limits.buffered_bytes
         ))
     }
+}
+
+/// What an arrival that waits is counted as.
+fn size_of(publish: &Publish) -> usize {
+    publish.topic.len() + publish.payload.len() + ARRIVAL_OVERHEAD
 }
 
 /// Writes a message, unless it is one that the broker has said it does not take.

@@ -517,7 +517,9 @@ impl SessionWriter<MqttReplyTo> for MqttWriter {
                     match settlement {
                         // MQTT-15: the broker delivers it again when the session goes on.
                         Settlement::HandedBack => {}
-                        Settlement::Done | Settlement::Discard => shared.link.acknowledge(ack, false),
+                        Settlement::Done | Settlement::Finished | Settlement::Discard => {
+                            shared.link.acknowledge(ack, false);
+                        }
                         _ => shared.link.acknowledge(ack, true),
                     }
                 }

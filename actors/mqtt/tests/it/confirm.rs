@@ -122,16 +122,20 @@ async fn an_event_that_the_broker_refuses_is_not_sent() {
     writeln!(acl.1, "topic readwrite open/#\ntopic read closed/#").unwrap();
     let broker = broker_with(&format!("acl_file {}\nmessage_size_limit 1000", acl.0.display()));
     for qos in ACKNOWLEDGED {
-        let client = MqttClient::new(client_options(&broker).protocol_version(5));
-        emit(&client, "open/a", 1, qos).await.unwrap();
-        let error = emit(&client, "closed/a", 1, qos).await.unwrap_err();
-        assert!(error.is_not_sent() && error.to_string().contains("not authorized"), "{error}");
-        let large = MqttRecordBuilder::new("x".repeat(2000)).set_qos(qos).build();
-        let error = client.emit("open/a", large).await.unwrap_err();
-        assert!(error.is_not_sent() && error.to_string().contains("packet too large"), "{error}");
-        emit(&client, "open/a", 1, qos).await.unwrap();
-        assert_eq!((client.pending(), client.occupied()), (0, 0));
-        client.close().await;
+        let large = "x".repeat(2000);
+        for (topic, data, said) in [
+            ("open/a", "x", None),
+            ("closed/a", "x", Some("not authorized")),
+            ("open/a", &large, Some("packet too large")),
+        ] {
+            // One each: mosquitto closes the connection behind a refusal, over whatever else is on it.
+            let client = MqttClient::new(client_options(&broker).protocol_version(5));
+            let record = MqttRecordBuilder::new(data).set_qos(qos).build();
+            check(client.emit(topic, record).await, said);
+            emit(&client, "open/a", 1, qos).await.unwrap();
+            assert_eq!((client.pending(), client.occupied()), (0, 0));
+            client.close().await;
+        }
     }
     let old = MqttClient::new(client_options(&broker).reconnect_period(Duration::from_millis(10)));
     emit(&old, "closed/a", 1, MqttQos::AtLeastOnce).await.unwrap();

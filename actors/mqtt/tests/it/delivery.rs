@@ -18,7 +18,7 @@ use martlet_testkit::broker::Broker;
 use martlet_testkit::relay::Relay;
 use parking_lot::Mutex;
 use rumqttc_v5::mqttbytes::QoS;
-use rumqttc_v5::mqttbytes::v5::{Packet, PubRel, Publish};
+use rumqttc_v5::mqttbytes::v5::{Packet, PubAckReason, PubRecReason, PubRel, Publish};
 
 use crate::raw::Raw;
 use crate::world::{
@@ -229,6 +229,94 @@ async fn a_message_whose_handler_had_not_finished_is_delivered_again() {
         assert_eq!(seen.lock().len(), 3);
         service.stop(GRACE).await;
     }
+}
+
+/// MQTT-15: what the broker is told, with a broker played by hand.
+#[actix::test]
+async fn only_a_failure_is_acknowledged_as_one() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let options = MqttServerOptions::new()
+        .url(format!("mqtt://127.0.0.1:{}", listener.local_addr().unwrap().port()))
+        .protocol_version(5)
+        .subscribe_options(MqttSubscribeOptions::qos(MqttQos::ExactlyOnce))
+        .manual_acks(true);
+    let group = event("evt", async |Data(fails): Data<bool>| match fails {
+        true => Err(RpcError::message("no")),
+        false => Ok(()),
+    });
+    let ((service, _), mut raw) = futures::join!(serve(options, [group]), async {
+        let mut raw = Raw::accept(&listener, false).await;
+        raw.grant().await;
+        raw
+    });
+    for (id, fails, puback, pubrec) in [
+        (7, false, PubAckReason::Success, PubRecReason::Success),
+        (8, true, PubAckReason::UnspecifiedError, PubRecReason::UnspecifiedError),
+    ] {
+        for qos in [QoS::AtLeastOnce, QoS::ExactlyOnce] {
+            let mut publish = Publish::new("evt", qos, fails.to_string(), None);
+            publish.pkid = id;
+            raw.send(Packet::Publish(publish)).await;
+            match raw.packet().await {
+                Packet::PubAck(ack) => assert_eq!((ack.pkid, ack.reason), (id, puback)),
+                Packet::PubRec(rec) => assert_eq!((rec.pkid, rec.reason), (id, pubrec)),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    drop(raw);
+    service.stop(GRACE).await;
+}
+
+/// MQTT-16: what waits when the line breaks can no longer be acknowledged and comes again: it does not run before.
+#[actix::test]
+async fn what_comes_again_does_not_run_on_a_line_that_has_ended() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let options = MqttServerOptions::new()
+        .url(format!("mqtt://127.0.0.1:{}", listener.local_addr().unwrap().port()))
+        .client_id("kept")
+        .clean(false)
+        .protocol_version(5)
+        .subscribe_options(MqttSubscribeOptions::qos(MqttQos::AtLeastOnce))
+        .manual_acks(true)
+        .max_in_flight(1)
+        .reconnect_period(Duration::from_millis(10));
+    let seen = Seen::default();
+    let note = Arc::clone(&seen);
+    let group = event("evt", move |Data(number): Data<u64>| {
+        let first = {
+            let mut seen = note.lock();
+            *seen.entry(number).or_insert(0) += 1;
+            seen.len() == 1 && seen[&number] == 1
+        };
+        async move {
+            if first {
+                std::future::pending::<()>().await;
+            }
+            Ok::<_, RpcError>(())
+        }
+    });
+    let session = async |present: bool| {
+        let mut raw = Raw::accept(&listener, present).await;
+        raw.grant().await;
+        for number in 1..=5u16 {
+            let mut publish = Publish::new("evt", QoS::AtLeastOnce, number.to_string(), None);
+            (publish.pkid, publish.dup) = (number, present);
+            raw.send(Packet::Publish(publish)).await;
+        }
+        raw
+    };
+    let ((service, _), raw) = futures::join!(serve(options, [group]), session(false));
+    until("the first is under way", || !seen.lock().is_empty()).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    drop(raw);
+    let mut raw = session(true).await;
+    for number in 1..=5 {
+        assert!(matches!(raw.packet().await, Packet::PubAck(ack) if ack.pkid == number));
+    }
+    assert_eq!(*seen.lock(), BTreeMap::from([(1, 2), (2, 1), (3, 1), (4, 1), (5, 1)]));
+    drop(raw);
+    service.stop(Duration::from_millis(100)).await;
 }
 
 /// MQTT-13: what must not be dropped waits at the broker. (mosquitto 2.0.11 sends more than its window when
