@@ -98,7 +98,7 @@ async fn packets_that_break_the_protocol_end_the_session_and_no_more() {
         &[0x40, 0xff, 0xff, 0xff, 0xff, 1],
         // Quality of service 3, a packet id of 0, a repetition of what is not acknowledged.
         b"\x36\x08\0\x03evt\0\x011",
-        b"\x32\x08\0\x03evt\0\01",
+        b"\x32\x08\0\x03evt\0\x001",
         b"\x38\x06\0\x03evt1",
         // A topic beyond its packet, none, one with wildcards, with a zero character, not UTF-8.
         b"\x30\x04\xff\xffev",
