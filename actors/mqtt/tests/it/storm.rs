@@ -237,7 +237,7 @@ async fn flood(version: u8, qos: MqttQos, manual: bool) -> (u64, u64, u64) {
         .max_in_flight(50)
         .buffered_bytes(1 << 20)
         // Asked for and answered all the while.
-        .keepalive(3);
+        .keepalive(5);
     let (service, reports) = serve_apart(MqttServer::new(options), [group]).await;
     let client = MqttClient::new(client_options(&broker).protocol_version(version));
     client.connect().await.unwrap();
@@ -249,7 +249,7 @@ async fn flood(version: u8, qos: MqttQos, manual: bool) -> (u64, u64, u64) {
         .for_each(|sent| async { sent.unwrap() })
         .await;
     // For longer than a silent broker would be waited for.
-    tokio::time::sleep(Duration::from_secs(6)).await;
+    tokio::time::sleep(Duration::from_secs(8)).await;
     let grown = memory.grown();
     assert_eq!(handled.load(Ordering::Relaxed), 0);
     assert_eq!(service.servers()[0].status(), Some(ConnectionStatus::Connected), "{:?}", reports.all());
