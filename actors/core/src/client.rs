@@ -182,6 +182,7 @@ impl ClientProxy {
             max_pending: options.max_pending.clamp(1, MAX_PENDING_LIMIT),
             max_buffered_replies: options.max_buffered_replies.max(1),
             resend_attempts: options.resend_attempts,
+            reconnect: options.reconnect,
         };
         let check = dial.clone();
         Self {
@@ -216,7 +217,8 @@ impl ClientProxy {
     }
 
     /// Sends an event, **at once**: it goes out whether or not the result is awaited. Awaiting it tells
-    /// when the transporter has taken it, which says nothing about its handlers.
+    /// when the transporter has taken it or, where brokers confirm (RabbitMQ, Redis, MQTT at quality of service 1 and
+    /// 2), the broker has; which says nothing about its handlers.
     pub fn emit(&self, pattern: impl Into<Pattern>, data: impl IntoRecord) -> Emit {
         let prepared = self.prepare(pattern.into(), data);
         Emit { state: prepared.start(CallKind::Event, None).map_err(Some) }
@@ -848,7 +850,7 @@ impl Drop for DriverGuard {
     fn drop(&mut self) {
         let cause = SessionError::lost("the client's arbiter or driver ended");
         self.0.core.session_ended(&cause);
-        self.0.core.fail_queued(&cause);
+        self.0.core.fail_waiting(&cause);
         for waiting in self.0.eager.lock().drain(..) {
             // Whoever asked may have stopped waiting.
             let _ = waiting.send(Err(cause.clone()));
@@ -964,7 +966,7 @@ async fn drive<D: Dial>(dial: D, shared: Arc<Shared>) {
                     // Whoever asked may have stopped waiting.
                     let _ = waiting.send(Err(cause.clone()));
                 }
-                core.fail_queued(&cause);
+                core.fail_waiting(&cause);
                 continue;
             }
         };

@@ -21,7 +21,7 @@ use slab::Slab;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::error::{CallError, RemoteError, SessionError, SharedError};
+use crate::error::{CallError, RemoteError, SessionError, SessionErrorKind, SharedError};
 use crate::packet::{Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::Route;
 use crate::payload::Payload;
@@ -39,6 +39,8 @@ pub(crate) struct CorrelationLimits {
     pub(crate) max_pending: usize,
     pub(crate) max_buffered_replies: usize,
     pub(crate) resend_attempts: u32,
+    /// Whether a lost connection is made anew at once.
+    pub(crate) reconnect: bool,
 }
 
 /// A call as its future hands it over.
@@ -58,7 +60,7 @@ pub(crate) enum CallKind {
     Single,
     /// Many values: the timeout is for each.
     Stream,
-    /// That the event has been handed to the transporter.
+    /// That the event has been handed to the transporter, or to the broker where that says so.
     Event,
 }
 
@@ -70,7 +72,10 @@ struct Entry {
     /// Kept once written, of calls that may be sent again.
     again: Option<Box<OutboundMessage>>,
     sent: bool,
+    /// An event that outlives its session: the transporter sends it again in the next one.
+    carried: bool,
     idempotent: bool,
+    /// How often a call was written; of an event, how many sessions it has outlived.
     attempts: u32,
     timeout: Option<Duration>,
     /// None without a timeout, and until the session has taken the call.
@@ -173,6 +178,7 @@ impl ClientCore {
             pattern,
             again: None,
             sent: false,
+            carried: false,
             idempotent: call.idempotent,
             attempts: 0,
             timeout: call.timeout,
@@ -365,11 +371,13 @@ impl ClientCore {
         }
     }
 
-    /// The transporter took an event and will say what the broker made of it, by its id.
-    pub(crate) fn confirming(&self, key: SlotKey) {
+    /// The transporter took an event and will say what the broker made of it, by its id; if it is carried, perhaps
+    /// in a later session.
+    pub(crate) fn confirming(&self, key: SlotKey, carried: bool) {
         let mut state = self.state.lock();
-        let Some(entry) = state.entry(key) else { return };
+        let Some(entry) = state.entry(key).filter(|entry| entry.ended.is_none()) else { return };
         entry.sent = true;
+        entry.carried = carried;
         let is_timed = entry.deadline.is_none() && entry.timeout.is_some();
         if is_timed && state.set_deadline(key, Instant::now()) {
             drop(state);
@@ -380,8 +388,14 @@ impl ClientCore {
     /// What the broker made of an event.
     pub(crate) fn confirmed(&self, receipt: PacketId, refused: Option<String>) {
         let Some(key) = self.key_of(receipt) else { return };
-        let refused = refused.map(|reason| CallError::NotSent { cause: SessionError::refused(reason) });
-        self.lock().end(key, refused.map_or(Ok(()), Err));
+        let mut state = self.lock();
+        let outlived = state.entry(key).is_some_and(|entry| entry.attempts > 0);
+        let refused = refused.map(SessionError::refused).map(|cause| match outlived {
+            // An earlier session may have brought it there, unheard.
+            true => CallError::Lost { cause },
+            false => CallError::NotSent { cause },
+        });
+        state.end(key, refused.map_or(Ok(()), Err));
     }
 
     /// The transporter cannot put it in wire form.
@@ -480,17 +494,22 @@ impl ClientCore {
     }
 
     /// The session is over: calls under way may have run and end, those declared idempotent are queued
-    /// again, those not yet written stay queued.
+    /// again, those not yet written stay queued. Events that the transporter carries over stay as they are, if there
+    /// is going to be a next session.
     pub(crate) fn session_ended(&self, cause: &SessionError) {
         let mut state = self.lock();
         if state.session.take().is_none() {
             return;
         }
         state.cancels.clear();
+        let goes_on = self.limits.reconnect && cause.kind() != SessionErrorKind::Fatal;
+        for (_, entry) in state.calls.iter_mut().filter(|(_, entry)| entry.carried) {
+            entry.attempts = entry.attempts.saturating_add(1);
+        }
         let sent: Vec<_> = state
             .calls
             .iter_mut()
-            .filter(|(_, entry)| entry.sent && entry.ended.is_none())
+            .filter(|(_, entry)| entry.sent && entry.ended.is_none() && !(goes_on && entry.carried))
             .map(|(index, entry)| {
                 let again = entry
                     .again
@@ -517,11 +536,14 @@ impl ClientCore {
         }
     }
 
-    /// There is no connection and none is coming: everything queued ends unsent.
-    pub(crate) fn fail_queued(&self, cause: &SessionError) {
+    /// There is no connection and none is coming: everything queued ends unsent, and what was carried over as lost.
+    pub(crate) fn fail_waiting(&self, cause: &SessionError) {
         let mut state = self.lock();
         while let Some(queued) = state.queue.pop_front() {
             state.end(queued.key, Err(CallError::NotSent { cause: cause.clone() }));
+        }
+        for key in state.open(|entry| entry.carried) {
+            state.end(key, Err(CallError::Lost { cause: cause.clone() }));
         }
     }
 
@@ -556,13 +578,7 @@ impl ClientCore {
     /// Ends everything that has not ended.
     pub(crate) fn end_all(&self, outcome: &CallError) {
         let mut state = self.lock();
-        let open: Vec<_> = state
-            .calls
-            .iter()
-            .filter(|(_, entry)| entry.ended.is_none())
-            .map(|(index, entry)| SlotKey { index: index as u32, generation: entry.generation })
-            .collect();
-        for key in open {
+        for key in state.open(|_| true) {
             // The session says it before it closes: handlers behind a broker would not learn it otherwise.
             if state.entry(key).is_some_and(|entry| entry.sent && entry.kind != CallKind::Event) {
                 state.tell_cancelled(key, self.id(key));
@@ -632,6 +648,12 @@ fn own_id(raw: &Raw) -> Option<PacketId> {
 impl State {
     fn entry(&mut self, key: SlotKey) -> Option<&mut Entry> {
         self.calls.get_mut(key.index as usize).filter(|entry| entry.generation == key.generation)
+    }
+
+    /// The calls of a kind that have not ended.
+    fn open(&self, of: impl Fn(&Entry) -> bool) -> Vec<SlotKey> {
+        let open = self.calls.iter().filter(|(_, entry)| entry.ended.is_none() && of(entry));
+        open.map(|(index, entry)| SlotKey { index: index as u32, generation: entry.generation }).collect()
     }
 
     /// The call that a reply is for; one that comes when nobody waits for it is counted.
@@ -784,7 +806,12 @@ mod tests {
     use crate::payload::Format;
 
     fn core() -> ClientCore {
-        let limits = CorrelationLimits { max_pending: 8, max_buffered_replies: 8, resend_attempts: 1 };
+        let limits = CorrelationLimits {
+            max_pending: 8,
+            max_buffered_replies: 8,
+            resend_attempts: 1,
+            reconnect: false,
+        };
         ClientCore::new(limits)
     }
 
@@ -829,7 +856,7 @@ mod tests {
         core.session_ended(&lost);
         assert!(deadline(&core, queued).is_some());
         assert_eq!(core.pending(), 3, "those never taken are still queued");
-        core.fail_queued(&lost);
+        core.fail_waiting(&lost);
         assert_eq!(core.pending(), 0);
     }
 

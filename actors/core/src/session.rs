@@ -485,7 +485,8 @@ impl<S: Session> Loop<S> {
                 };
                 match taken {
                     Ok(Some(Taken::Written)) => out.written.push(queued.key),
-                    Ok(Some(Taken::Confirming)) => client.confirming(queued.key),
+                    Ok(Some(Taken::Confirming)) => client.confirming(queued.key, false),
+                    Ok(Some(Taken::Carried)) => client.confirming(queued.key, true),
                     Ok(None) => {}
                     Err(WriteError::Item(reason)) => client.refused(queued.key, reason),
                     Err(WriteError::Session(error)) => {

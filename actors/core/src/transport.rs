@@ -160,7 +160,8 @@ pub enum Inbound<R> {
         /// The raw packet id of the request.
         id: Raw,
     },
-    /// What the broker said to an event for which the writer answered [`Taken::Confirming`].
+    /// What the broker said to an event for which the writer answered [`Taken::Confirming`] or [`Taken::Carried`]:
+    /// at the latter, perhaps the writer of an earlier session.
     Confirmed {
         /// As given with the event.
         receipt: PacketId,
@@ -411,7 +412,8 @@ pub trait SessionWriter<R>: 'static {
     fn write(&mut self, item: Outbound<R>) -> Result<(), WriteError>;
 
     /// Takes an event, as [`write`](Self::write) does. A transporter whose broker confirms says
-    /// [`Taken::Confirming`], and later [`Inbound::Confirmed`] with the same receipt: `emit` resolves then.
+    /// [`Taken::Confirming`] or [`Taken::Carried`], and later [`Inbound::Confirmed`] with the same receipt: `emit`
+    /// resolves then.
     ///
     /// # Errors
     ///
@@ -437,8 +439,13 @@ pub trait SessionWriter<R>: 'static {
 pub enum Taken {
     /// It is as good as sent: nobody will say more.
     Written,
-    /// The reader will say what the broker made of it.
+    /// The reader of this session will say what the broker made of it. If the session ends before, the event ends as
+    /// `Lost`.
     Confirming,
+    /// As [`Confirming`](Self::Confirming), and the transporter keeps it when the session ends, sends it again in the
+    /// next one, and says there what the broker made of it. Until then it is pending: its timeout and the close of
+    /// the client end it, and it ends as `Lost` where the connection is not made anew at once, or cannot be.
+    Carried,
 }
 
 /// Why an item could not be written.

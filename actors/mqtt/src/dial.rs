@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use crate::driver::{ConnectRefusal, Login, MAX_REMAINING, Version};
 use crate::link::{Carry, Control, Limits, Link, Signal};
 use crate::net::{self, Target};
-use crate::options::{MqttClientOptions, MqttServerOptions, MqttSubscribeOptions, without_secrets};
+use crate::options::{MqttClientOptions, MqttQos, MqttServerOptions, MqttSubscribeOptions, without_secrets};
 use crate::session::{MqttConnection, MqttSession, Settings, Shared};
 use crate::topics;
 
@@ -118,6 +118,8 @@ impl MqttDial {
             max_packet_bytes: common.max_packet_bytes.clamp(128, MAX_REMAINING + 5),
             buffered_bytes: common.buffered_bytes,
             publish_window: usize::from(common.publish_window.max(1)),
+            comes_again: (settings.role == Role::Server && settings.manual_acks && !common.clean)
+                .then_some(MqttQos::AtLeastOnce),
         };
         let mut link = Link::new(stream, version, limits, Arc::clone(&self.carry));
         let shown = without_secrets(&common.url);
@@ -267,5 +269,44 @@ impl Dial for MqttDial {
             Role::Server => topics::check_filter(pattern.route()),
             Role::Client => topics::check_topic(pattern.route()),
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::time::Duration;
+
+    use martlet_core::transport::PacketId;
+
+    use super::*;
+    use crate::flow::{Message, What, Window};
+    use crate::record::PublishOptions;
+
+    /// What the broker said of an event in a session that ended before it was told.
+    #[actix::test]
+    async fn a_line_that_breaks_before_the_broker_answers_is_noticed_whatever_is_left_to_be_told() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("mqtt://127.0.0.1:{}", listener.local_addr().unwrap().port());
+        let dial = MqttDial::client(&MqttClientOptions::new().url(url));
+        {
+            let flow = &mut dial.carry.lock().flow;
+            flow.push(Message {
+                topic: bytes::Bytes::from_static(b"evt"),
+                payload: bytes::Bytes::new(),
+                options: PublishOptions { qos: MqttQos::AtLeastOnce, ..PublishOptions::default() },
+                what: What::Event(PacketId::from_text(&[b'1'; 21]).unwrap()),
+                lost_over: 0,
+            });
+            let (id, _) = flow.next(Window { all: 1, twos: 1 }).unwrap();
+            flow.on_puback(crate::driver::Ack { id, refusal: None });
+            assert!(flow.has_confirmed());
+        }
+        let plan = SessionPlan { role: Role::Client, subscriptions: Vec::new() };
+        let accept = async { drop(listener.accept().await.unwrap()) };
+        let (dialled, ()) =
+            futures::join!(tokio::time::timeout(Duration::from_secs(5), dial.dial(plan)), accept);
+        assert_eq!(dialled.unwrap().unwrap_err().kind(), SessionErrorKind::Refused);
+        assert!(dial.carry.lock().flow.has_confirmed());
     }
 }

@@ -12,19 +12,38 @@ use crate::driver::{Ack, Refusal};
 use crate::options::MqttQos;
 use crate::record::PublishOptions;
 
+/// How many connections may end one after the other over the same message, the oldest that is unfinished.
+const MAX_LOST_OVER: u8 = 10;
+
 /// A message of ours that the broker must acknowledge.
 #[derive(Debug, Clone)]
 pub(crate) struct Message {
     pub(crate) topic: Bytes,
     pub(crate) payload: Bytes,
     pub(crate) options: PublishOptions,
-    /// The call it is the request of; its call ends with its connection.
-    pub(crate) request: Option<PacketId>,
+    pub(crate) what: What,
+    /// How many connections have ended while it was the oldest that was unfinished.
+    pub(crate) lost_over: u8,
+}
+
+/// Who waits for the broker's word on a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum What {
+    /// The call of this id, which ends with its connection.
+    Request(PacketId),
+    /// An event of this receipt.
+    Event(PacketId),
+    /// Nobody: a reply, most often.
+    Unwatched,
 }
 
 impl Message {
     fn size(&self) -> usize {
         self.topic.len() + self.payload.len() + 16
+    }
+
+    fn is_request(&self) -> bool {
+        matches!(self.what, What::Request(_))
     }
 }
 
@@ -41,6 +60,8 @@ struct Sent {
 pub(crate) enum Again {
     Publish(u16),
     Release(u16),
+    /// It is not sent again: the broker, it seems, closes the connection over it.
+    GiveUp(u16),
 }
 
 /// What an acknowledgement led to.
@@ -74,6 +95,8 @@ pub(crate) struct Flow {
     waiting_bytes: usize,
     /// Ids of subscribing and unsubscribing under way.
     control: HashSet<u16>,
+    /// What the broker made of events, not yet told. It outlives the connection, too: nobody would say it again.
+    confirmed: VecDeque<(PacketId, Option<String>)>,
     /// Ids of messages of quality of service 2 that were taken and not yet released by the broker.
     received: HashSet<u16>,
 }
@@ -122,12 +145,33 @@ impl Flow {
         Some(&self.sent.get(&id)?.message)
     }
 
+    /// Ends an exchange with what the broker has said, which is noted for those who wait for it.
+    fn end(&mut self, id: u16, refusal: Option<Refusal>) -> Acked {
+        let Some(message) = self.forget(id) else { return Acked::Done };
+        if let What::Event(receipt) = message.what {
+            // MQTT-21: an event for nobody is with the broker, too.
+            let refused = match &refusal {
+                None | Some(Refusal::NoSubscribers) => None,
+                Some(Refusal::Because(reason)) => Some(format!("the broker refused the event: {reason}")),
+            };
+            self.confirmed.push_back((receipt, refused));
+        }
+        refusal.map_or(Acked::Done, |refusal| Acked::Refused(message, refusal))
+    }
+
+    /// The end of a message that is given up.
+    pub(crate) fn give_up(&mut self, id: u16) -> Acked {
+        self.refuse(id, format!("{MAX_LOST_OVER} connections have ended over it"))
+    }
+
+    /// A message that cannot be sent after all.
+    pub(crate) fn refuse(&mut self, id: u16, reason: String) -> Acked {
+        self.end(id, Some(Refusal::Because(reason)))
+    }
+
     /// PUBACK.
     pub(crate) fn on_puback(&mut self, ack: Ack) -> Acked {
-        match (self.forget(ack.id), ack.refusal) {
-            (Some(message), Some(refusal)) => Acked::Refused(message, refusal),
-            _ => Acked::Done,
-        }
+        self.end(ack.id, ack.refusal)
     }
 
     /// PUBREC.
@@ -141,21 +185,28 @@ impl Flow {
             }
             (Some(sent), Some(Refusal::NoSubscribers)) => {
                 sent.released = true;
-                match sent.message.request {
-                    Some(_) => Acked::Refused(sent.message.clone(), Refusal::NoSubscribers),
-                    None => Acked::Release,
+                match sent.message.is_request() {
+                    true => Acked::Refused(sent.message.clone(), Refusal::NoSubscribers),
+                    false => Acked::Release,
                 }
             }
-            (Some(_), Some(refusal)) => match self.forget(ack.id) {
-                Some(message) => Acked::Refused(message, refusal),
-                None => Acked::Done,
-            },
+            (Some(_), refusal) => self.end(ack.id, refusal),
         }
     }
 
-    /// PUBCOMP.
+    /// PUBCOMP: only now does the message not depend on the session any more. (mosquitto passes it on when it is
+    /// released, not when it says PUBREC.)
     pub(crate) fn on_pubcomp(&mut self, id: u16) {
-        self.forget(id);
+        self.end(id, None);
+    }
+
+    /// What the broker made of an event: its receipt, and why it was refused if it was.
+    pub(crate) fn next_confirmed(&mut self) -> Option<(PacketId, Option<String>)> {
+        self.confirmed.pop_front()
+    }
+
+    pub(crate) fn has_confirmed(&self) -> bool {
+        !self.confirmed.is_empty()
     }
 
     /// Bytes of messages that wait for room in the window.
@@ -211,23 +262,32 @@ impl Flow {
         let mut sent: Vec<(u64, u16, bool)> =
             self.sent.iter().map(|(id, sent)| (sent.order, *id, sent.released)).collect();
         sent.sort_unstable();
-        let again = if session_present {
+        let mut again = Vec::new();
+        // MQTT-22: brokers answer in order, so the oldest is the one.
+        if let Some((_, id, _)) = sent.first()
+            && let Some(oldest) = self.sent.get_mut(id)
+        {
+            oldest.message.lost_over += 1;
+            if oldest.message.lost_over >= MAX_LOST_OVER {
+                again.push(Again::GiveUp(sent.remove(0).1));
+            }
+        }
+        if session_present {
             // MQTT-16.
-            let again = |(_, id, released)| if released { Again::Release(id) } else { Again::Publish(id) };
-            sent.into_iter().map(again).collect()
+            let each = |(_, id, released)| if released { Again::Release(id) } else { Again::Publish(id) };
+            again.extend(sent.into_iter().map(each));
         } else {
             self.received.clear();
             // MQTT-17.
             for (_, id, _) in sent {
                 if let Some(message) = self.forget(id)
-                    && message.request.is_none()
+                    && !message.is_request()
                 {
                     self.push(message);
                 }
             }
-            Vec::new()
-        };
-        for message in unsent.into_iter().filter(|message| message.request.is_none()) {
+        }
+        for message in unsent.into_iter().filter(|message| !message.is_request()) {
             self.push(message);
         }
         again
@@ -248,7 +308,8 @@ mod tests {
             topic: Bytes::from_static(name.as_bytes()),
             payload: Bytes::new(),
             options: PublishOptions { qos, ..PublishOptions::default() },
-            request: None,
+            what: What::Unwatched,
+            lost_over: 0,
         }
     }
 
@@ -294,6 +355,45 @@ mod tests {
         assert!(flow.is_idle());
     }
 
+    /// MQTT-21.
+    #[test]
+    fn events_are_confirmed_when_their_exchange_is_complete() {
+        let receipts: [PacketId; 4] =
+            ["1", "2", "3", "4"].map(|digit| PacketId::from_text(digit.repeat(21).as_bytes()).unwrap());
+        let mut flow = Flow::default();
+        for (receipt, qos) in receipts.iter().zip([1, 2, 1, 2]) {
+            let qos = MqttQos::try_from(qos).unwrap();
+            flow.push(Message { what: What::Event(*receipt), ..message("a", qos) });
+        }
+        topics(&mut flow);
+        let no = |id, reason: &str| Ack { id, refusal: Some(Refusal::Because(reason.to_owned())) };
+        assert!(matches!(flow.on_pubrec(ack(2)), Acked::Release));
+        assert!(!flow.has_confirmed());
+        flow.on_pubcomp(2);
+        // Said in a session that ends before anyone is told.
+        flow.resume(true);
+        assert_eq!(flow.next_confirmed(), Some((receipts[1], None)));
+        flow.on_puback(Ack { id: 1, refusal: Some(Refusal::NoSubscribers) });
+        assert!(matches!(flow.on_puback(no(3, "not authorized")), Acked::Refused(..)));
+        // A refusal ends the exchange: nothing is released.
+        assert!(matches!(flow.on_pubrec(no(4, "quota exceeded")), Acked::Refused(..)));
+        let told: Vec<_> = std::iter::from_fn(|| flow.next_confirmed()).collect();
+        let refused = |reason: &str| Some(format!("the broker refused the event: {reason}"));
+        assert_eq!(
+            told,
+            [
+                (receipts[0], None),
+                (receipts[2], refused("not authorized")),
+                (receipts[3], refused("quota exceeded"))
+            ]
+        );
+        assert!(flow.is_idle());
+        // Said of what nobody knows.
+        flow.on_puback(ack(1));
+        flow.on_pubcomp(2);
+        assert!(!flow.has_confirmed());
+    }
+
     #[test]
     fn exactly_once_has_a_window_of_its_own() {
         let mut flow = Flow::default();
@@ -334,7 +434,7 @@ mod tests {
             flow.push(message(name, MqttQos::AtLeastOnce));
         }
         let id = PacketId::from_text(b"0abcdef000000070fffff").unwrap();
-        flow.push(Message { request: Some(id), ..message("request", MqttQos::AtLeastOnce) });
+        flow.push(Message { what: What::Request(id), ..message("request", MqttQos::AtLeastOnce) });
         flow.next(window(2));
         flow.next(window(2));
         flow.received(9);
@@ -342,6 +442,34 @@ mod tests {
         assert!(!flow.is_received(9));
         let names: Vec<_> = topics(&mut flow).into_iter().map(|(_, name)| name).collect();
         assert_eq!(names, ["a", "b", "c"]);
+    }
+
+    /// MQTT-22.
+    #[test]
+    fn a_message_over_which_every_connection_ends_is_given_up_alone() {
+        for kept in [true, false] {
+            let mut flow = Flow::default();
+            for (name, qos) in [("a", 2), ("b", 1), ("c", 1)] {
+                flow.push(message(name, MqttQos::try_from(qos).unwrap()));
+            }
+            topics(&mut flow);
+            // An answer that is not the last one.
+            flow.on_pubrec(ack(1));
+            for _ in 1..MAX_LOST_OVER {
+                assert!(flow.resume(kept).iter().all(|again| !matches!(again, Again::GiveUp(_))));
+                topics(&mut flow);
+            }
+            let again = flow.resume(kept);
+            let [Again::GiveUp(id), ..] = again[..] else { panic!("{again:?}") };
+            let Acked::Refused(message, Refusal::Because(reason)) = flow.give_up(id) else { panic!() };
+            assert_eq!(
+                (&message.topic[..], reason.as_str()),
+                (&b"a"[..], "10 connections have ended over it")
+            );
+            // The next one is at its first.
+            topics(&mut flow);
+            assert!(flow.resume(kept).iter().all(|again| !matches!(again, Again::GiveUp(_))));
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ use tokio::io::AsyncWrite;
 use tokio::time::{Instant, Sleep};
 
 use crate::driver::{self, Ack, AckKind, ConnAck, Filter, Incoming, Publish, ReadError, Refusal, Version};
-use crate::flow::{Acked, Again, Flow, Message, Window};
+use crate::flow::{Acked, Again, Flow, Message, What, Window};
 use crate::net::Stream;
 use crate::options::{MqttQos, MqttSubscribeOptions};
 use crate::record::PublishOptions;
@@ -72,12 +72,15 @@ pub(crate) struct AckTo {
     pub(crate) qos: MqttQos,
 }
 
-/// Bounds of a connection.
+/// Bounds of a connection, and what becomes of its end.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
     pub(crate) max_packet_bytes: usize,
     pub(crate) buffered_bytes: usize,
     pub(crate) publish_window: usize,
+    /// From which quality of service on the broker sends again what was not taken when the connection ended; `None`
+    /// if it does not.
+    pub(crate) comes_again: Option<MqttQos>,
 }
 
 /// The rest of a packet that is too large to be taken.
@@ -179,12 +182,15 @@ impl Link {
 
     /// Waits for the answer to CONNECT.
     pub(crate) fn poll_connack(&mut self, cx: &mut Context<'_>) -> Poll<Result<ConnAck, SessionError>> {
-        let worked = self.poll_work(cx);
+        let worked = self.poll_work(cx).map(drop);
         // A broker that refuses closes the connection behind its answer.
         if let Some(connack) = self.connack.take() {
             return Poll::Ready(Ok(connack));
         }
-        worked.map(|_| Poll::Pending)?
+        worked?;
+        // Whatever is left to be told of an earlier session: it can wait.
+        self.check_alive()?;
+        Poll::Pending
     }
 
     /// The connection is accepted; what is unfinished is sent again.
@@ -197,6 +203,10 @@ impl Link {
             match again {
                 Again::Release(id) => self.version.ack(AckKind::Release, id, false, &mut self.output),
                 Again::Publish(id) => self.write_sent(id, true),
+                Again::GiveUp(id) => {
+                    let acked = self.flow.give_up(id);
+                    self.acked(id, acked);
+                }
             }
         }
         if keepalive > 0 {
@@ -253,34 +263,36 @@ impl Link {
 
     // === publishing ===
 
-    /// Publishes a message; its topic is given in two parts. `payload` is left empty.
+    /// Publishes a message; its topic is given in two parts. `payload` is left empty. Says whether the broker is to
+    /// acknowledge it.
     pub(crate) fn publish(
         &mut self,
         topic: [&[u8]; 2],
         payload: &mut BytesMut,
         mut options: PublishOptions,
-        request: Option<PacketId>,
-    ) -> Result<(), String> {
+        what: What,
+    ) -> Result<bool, String> {
         // MQTT-10: a broker that offers less gets less.
         let best = self.broker.max_qos.map_or(MqttQos::ExactlyOnce, driver::qos_of);
         options.qos = options.qos.min(best);
         if options.qos == MqttQos::AtMostOnce {
             let start = self.output.len();
-            let written = self.write_checked(topic, payload, &options);
+            let written =
+                write_checked(self.version, &self.broker, topic, payload, 0, &options, &mut self.output);
             if written.is_err() {
                 self.output.truncate(start);
             }
             payload.clear();
-            return written;
+            return written.map(|()| false);
         }
         // Held against the broker's bounds before it is taken.
         let fits = self.check(topic.concat().as_slice(), payload, &options);
         let payload = payload.split().freeze();
         fits?;
         let topic = Bytes::from(topic.concat());
-        self.flow.push(Message { topic, payload, options, request });
+        self.flow.push(Message { topic, payload, options, what, lost_over: 0 });
         self.publish_waiting();
-        Ok(())
+        Ok(true)
     }
 
     /// Whether the broker takes such a message.
@@ -291,29 +303,10 @@ impl Link {
         options: &PublishOptions,
     ) -> Result<(), String> {
         let start = self.output.len();
-        let written = self.write_checked([topic, &[]], payload, options);
+        let topic = [topic, &[]];
+        let written = write_checked(self.version, &self.broker, topic, payload, 1, options, &mut self.output);
         self.output.truncate(start);
         written
-    }
-
-    fn write_checked(
-        &mut self,
-        topic: [&[u8]; 2],
-        payload: &[u8],
-        options: &PublishOptions,
-    ) -> Result<(), String> {
-        if options.retain && self.broker.no_retain {
-            return Err("the broker does not keep retained messages".to_owned());
-        }
-        let start = self.output.len();
-        self.version.publish(topic, payload, 1, options, &mut self.output)?;
-        let size = self.output.len() - start;
-        match self.broker.max_packet_size {
-            Some(limit) if size > limit as usize => {
-                Err(format!("a packet of {size} bytes exceeds what the broker takes, {limit}"))
-            }
-            _ => Ok(()),
-        }
     }
 
     /// Sends what the window has room for.
@@ -338,19 +331,20 @@ impl Link {
             false => &message.options,
         };
         let start = self.output.len();
-        // It was written once before, to be measured.
-        let written =
-            self.version.publish([&message.topic, &[]], &message.payload, id, options, &mut self.output);
+        let topic = [&*message.topic, &[]];
+        let (broker, payload) = (&self.broker, &message.payload);
+        let written = write_checked(self.version, broker, topic, payload, id, options, &mut self.output);
+        // It was held against the bounds of the broker of its time.
         if let Err(reason) = written {
             self.output.truncate(start);
-            self.flow.forget(id);
-            self.signals.push_back(Signal::Report(reason));
+            let acked = self.flow.refuse(id, reason);
+            self.acked(id, acked);
         }
     }
 
-    /// Bytes that are not yet on the wire.
+    /// Bytes that are not yet on the wire; none are waited for when it is gone.
     pub(crate) fn pending_bytes(&self) -> usize {
-        self.output.len() + self.flow.waiting_bytes()
+        if self.ended.is_some() { 0 } else { self.output.len() + self.flow.waiting_bytes() }
     }
 
     /// Acknowledges a message.
@@ -377,11 +371,15 @@ impl Link {
     /// Writes and reads what there is; ready when nothing is left to be written.
     pub(crate) fn poll_work(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, SessionError> {
         self.poll_keepalive(cx)?;
-        let _ = self.poll_write(cx)?;
+        let written = self.poll_write(cx);
+        // Also where the line takes no more: the broker may have said why.
         self.poll_read(cx);
+        if let Err(error) = written {
+            self.end(error);
+        }
         self.check_ended()?;
-        if self.flow.is_waiting() {
-            self.publish_waiting();
+        if self.ended.is_some() {
+            return Ok(Poll::Pending);
         }
         // What reading led to.
         let written = self.poll_write(cx)?;
@@ -421,7 +419,21 @@ impl Link {
         if self.ended.is_none()
             && let Err(error) = self.read_some(cx)
         {
-            self.ended = Some(error);
+            self.end(error);
+        }
+        // Acknowledgements may have made room.
+        if self.flow.is_waiting() {
+            self.publish_waiting();
+        }
+    }
+
+    /// The connection is over, which is told once everything that it brought has been taken.
+    fn end(&mut self, error: SessionError) {
+        self.ended.get_or_insert(error);
+        // Nothing can be acknowledged any more: what the broker delivers again in the next session does not run now.
+        if let Some(qos) = self.limits.comes_again {
+            self.arrived.retain(|publish| publish.qos < qos);
+            self.arrived_bytes = self.arrived.iter().map(size_of).sum();
         }
     }
 
@@ -477,7 +489,11 @@ impl Link {
     /// Why the connection is over, once everything it brought has been taken.
     pub(crate) fn check_ended(&self) -> Result<(), SessionError> {
         match &self.ended {
-            Some(error) if self.arrived.is_empty() && self.signals.is_empty() => Err(error.clone()),
+            Some(error)
+                if self.arrived.is_empty() && self.signals.is_empty() && !self.flow.has_confirmed() =>
+            {
+                Err(error.clone())
+            }
             _ => Ok(()),
         }
     }
@@ -635,11 +651,11 @@ impl Link {
                 if refusal == Refusal::NoSubscribers && message.options.qos == MqttQos::ExactlyOnce {
                     self.version.ack(AckKind::Release, id, false, &mut self.output);
                 }
-                match (message.request, refusal) {
-                    (Some(request), refusal) => self.signals.push_back(Signal::Refused(request, refusal)),
+                match (message.what, refusal) {
+                    (What::Request(id), refusal) => self.signals.push_back(Signal::Refused(id, refusal)),
                     // An event for nobody.
-                    (None, Refusal::NoSubscribers) => {}
-                    (None, Refusal::Because(reason)) => self.signals.push_back(Signal::Report(format!(
+                    (_, Refusal::NoSubscribers) => {}
+                    (_, Refusal::Because(reason)) => self.signals.push_back(Signal::Report(format!(
                         "the broker refused a message on {}: {reason}",
                         String::from_utf8_lossy(&message.topic)
                     ))),
@@ -658,7 +674,7 @@ impl Link {
             // Not acknowledged: the broker keeps it for the next session.
             return;
         }
-        let size = publish.topic.len() + publish.payload.len() + ARRIVAL_OVERHEAD;
+        let size = size_of(&publish);
         if publish.qos == MqttQos::AtMostOnce
             && !self.arrived.is_empty()
             && self.arrived_bytes + size > self.limits.buffered_bytes
@@ -673,7 +689,11 @@ impl Link {
 
     /// Whether something waits to be looked at.
     pub(crate) fn has_news(&self) -> bool {
-        !self.arrived.is_empty() || !self.signals.is_empty() || self.dropped > 0 || self.ended.is_some()
+        !self.arrived.is_empty()
+            || !self.signals.is_empty()
+            || self.flow.has_confirmed()
+            || self.dropped > 0
+            || self.ended.is_some()
     }
 
     /// Reply topics that the broker goes on sending to a session that it keeps.
@@ -684,7 +704,7 @@ impl Link {
     /// The next message that arrived.
     pub(crate) fn next_arrival(&mut self) -> Option<Publish> {
         let publish = self.arrived.pop_front()?;
-        self.arrived_bytes -= publish.topic.len() + publish.payload.len() + ARRIVAL_OVERHEAD;
+        self.arrived_bytes -= size_of(&publish);
         Some(publish)
     }
 
@@ -700,6 +720,35 @@ impl Link {
              waiting",
             self.dropped_before, self.limits.buffered_bytes
         ))
+    }
+}
+
+/// What an arrival that waits is counted as.
+fn size_of(publish: &Publish) -> usize {
+    publish.topic.len() + publish.payload.len() + ARRIVAL_OVERHEAD
+}
+
+/// Writes a message, unless it is one that the broker has said it does not take.
+fn write_checked(
+    version: Version,
+    broker: &ConnAck,
+    topic: [&[u8]; 2],
+    payload: &[u8],
+    id: u16,
+    options: &PublishOptions,
+    out: &mut BytesMut,
+) -> Result<(), String> {
+    if options.retain && broker.no_retain {
+        return Err("the broker does not keep retained messages".to_owned());
+    }
+    let start = out.len();
+    version.publish(topic, payload, id, options, out)?;
+    let size = out.len() - start;
+    match broker.max_packet_size {
+        Some(limit) if size > limit as usize => {
+            Err(format!("a packet of {size} bytes exceeds what the broker takes, {limit}"))
+        }
+        _ => Ok(()),
     }
 }
 

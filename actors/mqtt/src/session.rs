@@ -16,12 +16,13 @@ use martlet_core::error::SessionError;
 use martlet_core::packet::ResponseBody;
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Role, Session,
-    SessionReader, SessionWriter, Settlement, Subscription, WriteError,
+    SessionReader, SessionWriter, Settlement, Subscription, Taken, WriteError,
 };
 use tokio::time::Sleep;
 
 use crate::context::MqttContext;
 use crate::driver::{Publish, Refusal};
+use crate::flow::What;
 use crate::link::{AckTo, Control, Link, Signal};
 use crate::options::{Common, MqttQos, MqttSubscribeOptions};
 use crate::record::PublishOptions;
@@ -169,10 +170,20 @@ impl Shared {
         Ok((options, message.pattern.route().as_str()))
     }
 
-    /// Sends a request or event.
-    fn send(&mut self, message: &OutboundMessage) -> Result<(), String> {
+    /// Sends a request or event. Says whether the broker is to acknowledge it.
+    fn send(&mut self, message: &OutboundMessage, what: What) -> Result<bool, String> {
         let (options, topic) = self.encode(message)?;
-        self.link.publish([topic.as_bytes(), &[]], &mut self.scratch, options, message.id)
+        self.link.publish([topic.as_bytes(), &[]], &mut self.scratch, options, what)
+    }
+
+    fn event(&mut self, mut message: OutboundMessage, what: What) -> Result<Taken, WriteError> {
+        message.put_timeout();
+        match self.send(&message, what) {
+            // MQTT-21: it goes with the flow from session to session until the broker has it.
+            Ok(true) => Ok(Taken::Carried),
+            Ok(false) => Ok(Taken::Written),
+            Err(reason) => Err(refused(reason)),
+        }
     }
 
     fn request(&mut self, mut message: OutboundMessage) -> Result<(), String> {
@@ -186,11 +197,11 @@ impl Shared {
         }
         match self.replies.request(id, message) {
             Next::Publish(message) => {
-                let sent = self.send(&message);
+                let sent = self.send(&message, What::Request(id));
                 if sent.is_err() {
                     self.replies.end(&id);
                 }
-                sent
+                sent.map(drop)
             }
             Next::Wait => Ok(()),
             Next::Subscribe(key, filter) => {
@@ -217,7 +228,7 @@ impl Shared {
             None => PublishOptions::default(),
         };
         wire::encode_response(&*self.settings.codec, id, body, &mut self.scratch)?;
-        self.link.publish([to, REPLY.as_bytes()], &mut self.scratch, options, None)
+        self.link.publish([to, REPLY.as_bytes()], &mut self.scratch, options, What::Unwatched).map(drop)
     }
 
     /// A call ends with an error of ours.
@@ -245,9 +256,9 @@ impl Shared {
                 }
                 Signal::Subscribed(Control::Reply(key), None) => {
                     for message in self.replies.subscribed(key) {
-                        if let Err(reason) = self.send(&message)
-                            && let Some(id) = message.id
-                        {
+                        // Always present on requests.
+                        let Some(id) = message.id else { continue };
+                        if let Err(reason) = self.send(&message, What::Request(id)) {
                             self.replies.end(&id);
                             self.fail(&id, &reason);
                         }
@@ -352,6 +363,9 @@ impl Shared {
             if let Some(inbound) = self.ready.pop_front() {
                 return Poll::Ready(Some(Ok(inbound)));
             }
+            if let Some((receipt, refused)) = self.link.flow.next_confirmed() {
+                return Poll::Ready(Some(Ok(Inbound::Confirmed { receipt, refused })));
+            }
             if let Some(reason) = self.link.take_dropped() {
                 return Poll::Ready(Some(Ok(Inbound::Bad { reason })));
             }
@@ -418,6 +432,10 @@ impl Shared {
         }
         self.link.poll_write(cx)?.map(Ok)
     }
+}
+
+fn refused(reason: String) -> WriteError {
+    WriteError::Item(Arc::new(WireError(reason)))
 }
 
 fn because(refusal: &Refusal) -> &str {
@@ -487,13 +505,10 @@ impl std::fmt::Debug for MqttWriter {
 impl SessionWriter<MqttReplyTo> for MqttWriter {
     fn write(&mut self, item: Outbound<MqttReplyTo>) -> Result<(), WriteError> {
         let shared = &mut *self.shared.borrow_mut();
-        let refused = |reason: String| WriteError::Item(Arc::new(WireError(reason)));
         match item {
             Outbound::Request(message) => shared.request(message).map_err(refused),
-            Outbound::Event(mut message) => {
-                message.put_timeout();
-                shared.send(&message).map_err(refused)
-            }
+            // For those that nobody waits for.
+            Outbound::Event(message) => shared.event(message, What::Unwatched).map(drop),
             Outbound::Response { reply_to, id, body, headers } => {
                 shared.respond(&reply_to.topic, &id, &body, headers).map_err(refused)
             }
@@ -502,7 +517,9 @@ impl SessionWriter<MqttReplyTo> for MqttWriter {
                     match settlement {
                         // MQTT-15: the broker delivers it again when the session goes on.
                         Settlement::HandedBack => {}
-                        Settlement::Done | Settlement::Discard => shared.link.acknowledge(ack, false),
+                        Settlement::Done | Settlement::Finished | Settlement::Discard => {
+                            shared.link.acknowledge(ack, false);
+                        }
                         _ => shared.link.acknowledge(ack, true),
                     }
                 }
@@ -522,6 +539,10 @@ impl SessionWriter<MqttReplyTo> for MqttWriter {
             // Nothing else is ever asked of it.
             _ => Ok(()),
         }
+    }
+
+    fn write_event(&mut self, message: OutboundMessage, receipt: PacketId) -> Result<Taken, WriteError> {
+        self.shared.borrow_mut().event(message, What::Event(receipt))
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {

@@ -261,6 +261,7 @@ macro_rules! __conformance_group {
                 a_client_reconnects_and_its_status_says_so
                 retries_reach_a_server_that_comes_late
                 a_storm_of_cuts_gives_every_call_one_outcome
+                events_over_cuts_have_one_outcome_each
                 a_cut_cancels_the_handlers_work;
         }
     };

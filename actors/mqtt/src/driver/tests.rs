@@ -145,3 +145,25 @@ fn bytes_that_are_no_packet_are_told_from_those_that_are_not_complete() {
         assert!(matches!(read(&[0xc0, 0]), Err(ReadError::Malformed(_))));
     }
 }
+
+#[test]
+fn refusals_that_the_driver_does_not_know_are_refusals() {
+    let read = |bytes: &[u8]| {
+        let mut input = BytesMut::from(bytes);
+        let read = Version::V5.read(&mut input, 100);
+        assert_eq!(&input[..], b"next");
+        read
+    };
+    let because = |said: &str| Ack { id: 7, refusal: Some(Refusal::Because(said.to_owned())) };
+    for (bytes, said) in [
+        (&b"\x40\x03\0\x07\x95next"[..], "packet too large (0x95)"),
+        (b"\x40\x04\0\x07\xa0\0next", "reason code 0xa0"),
+        (b"\x40\x03\0\x07\x97next", "quota exceeded"),
+    ] {
+        assert!(matches!(read(bytes), Ok(Incoming::PubAck(ack)) if ack == because(said)), "{said}");
+    }
+    assert!(matches!(read(b"\x50\x03\0\x07\x95next"), Ok(Incoming::PubRec(ack)) if ack.refusal.is_some()));
+    // A success that is none, and another packet.
+    assert!(matches!(read(b"\x40\x03\0\x07\x05next"), Err(ReadError::Malformed(_))));
+    assert!(matches!(read(b"\x90\x04\0\x07\0\xffnext"), Err(ReadError::Malformed(_))));
+}

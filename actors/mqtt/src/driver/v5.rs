@@ -25,11 +25,14 @@ fn qos(qos: MqttQos) -> QoS {
 
 pub(super) fn read(input: &mut BytesMut, max_bytes: usize) -> Result<Incoming, ReadError> {
     let limit = u32::try_from(max_bytes).unwrap_or(u32::MAX);
-    let packet = Packet::read(input, Some(limit)).map_err(|error| match error {
-        Error::InsufficientBytes(more) => ReadError::Incomplete(more),
-        Error::PayloadSizeLimitExceeded { .. } => ReadError::TooLarge,
-        other => ReadError::Malformed(other.to_string()),
-    })?;
+    let refused = refused(input);
+    let packet = match Packet::read(input, Some(limit)) {
+        Ok(packet) => packet,
+        Err(Error::InsufficientBytes(more)) => return Err(ReadError::Incomplete(more)),
+        Err(Error::PayloadSizeLimitExceeded { .. }) => return Err(ReadError::TooLarge),
+        // The packet has been cut off.
+        Err(other) => return refused.ok_or_else(|| ReadError::Malformed(other.to_string())),
+    };
     let because = |reason: &dyn std::fmt::Debug, said: Option<String>| {
         Some(Refusal::Because(match said {
             Some(said) => format!("{}: {said}", words(reason)),
@@ -99,6 +102,23 @@ pub(super) fn read(input: &mut BytesMut, max_bytes: usize) -> Result<Incoming, R
             return Err(ReadError::Malformed(format!("a broker does not send {:?}", other.packet_type())));
         }
     })
+}
+
+/// A refusal, read by hand for reasons that the driver does not know. (mosquitto answers a message beyond its
+/// `message_size_limit` with 0x95, which the protocol does not have there.)
+fn refused(input: &[u8]) -> Option<Incoming> {
+    let (head, body) = super::frame(input)?;
+    let incoming = match head >> 4 {
+        4 => Incoming::PubAck,
+        5 => Incoming::PubRec,
+        _ => return None,
+    };
+    let &[high, low, reason @ 0x80..=0xff, ..] = input.get(body)? else { return None };
+    let said = match reason {
+        0x95 => "packet too large (0x95)".to_owned(),
+        other => format!("reason code {other:#x}"),
+    };
+    Some(incoming(Ack { id: u16::from_be_bytes([high, low]), refusal: Some(Refusal::Because(said)) }))
 }
 
 /// A reason's name in words: `NotAuthorized` as `not authorized`.

@@ -6,8 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures::StreamExt;
 use martlet_core::settlement::{FailurePolicy, LastResort, RetryPolicy};
-use martlet_core::{Ctx, Data, HandlerGroup, Microservice, RpcError, StartError, event};
+use martlet_core::{
+    ClientProxy, ConnectionStatus, Ctx, Data, HandlerGroup, Microservice, RpcError, StartError, event,
+};
 use martlet_mqtt::{
     MqttClient, MqttContext, MqttQos, MqttRecordBuilder, MqttServer, MqttServerOptions, MqttSubscribeOptions,
 };
@@ -15,11 +18,11 @@ use martlet_testkit::broker::Broker;
 use martlet_testkit::relay::Relay;
 use parking_lot::Mutex;
 use rumqttc_v5::mqttbytes::QoS;
-use rumqttc_v5::mqttbytes::v5::Publish;
+use rumqttc_v5::mqttbytes::v5::{Packet, PubAckReason, PubRecReason, PubRel, Publish};
 
 use crate::raw::Raw;
 use crate::world::{
-    GRACE, Reports, broker, client, client_options, counting, serve, server_options, sum, until,
+    GRACE, broker, client, client_options, counting, dropped, serve, server_options, sum, until,
 };
 
 type Seen = Arc<Mutex<BTreeMap<u64, u32>>>;
@@ -72,9 +75,23 @@ async fn a_kept_session_brings_what_came_while_the_line_was_broken() {
     }
 }
 
-/// MQTT-16: on both sides, with lines that are cut in the middle of exchanges.
+/// Emits so many numbers, a hundred at a time, each until the broker has it; `between` is
+/// told each number that is about to go.
+async fn emit_all(client: &ClientProxy, topic: &str, events: u64, qos: MqttQos, between: impl Fn(u64)) {
+    futures::stream::iter(0..events)
+        .map(|number| {
+            between(number);
+            client.emit(topic, MqttRecordBuilder::new(number).set_qos(qos).build())
+        })
+        .buffer_unordered(100)
+        .for_each(|sent| async { sent.unwrap() })
+        .await;
+}
+
+/// MQTT-16, MQTT-21: on both sides, with lines that are cut in the middle of exchanges. Everything that was emitted is
+/// confirmed, and comes once.
 #[actix::test]
-async fn quality_two_loses_nothing_over_cut_lines_with_kept_sessions() {
+async fn quality_two_is_exactly_once_over_cut_lines_with_kept_sessions() {
     const EVENTS: u64 = 3000;
     let broker = broker();
     for version in [4, 5] {
@@ -87,44 +104,90 @@ async fn quality_two_loses_nothing_over_cut_lines_with_kept_sessions() {
                 .url(format!("mqtt://127.0.0.1:{}", client_line.port()))
                 .protocol_version(version)
                 .client_id(format!("sender{version}"))
-                .clean(false),
+                .clean(false)
+                .call_timeout(Duration::from_secs(20)),
         );
         client.connect().await.unwrap();
-        for number in 0..EVENTS {
-            let record = || MqttRecordBuilder::new(number).set_qos(MqttQos::ExactlyOnce).build();
-            while client.emit("once", record()).await.is_err() {
-                tokio::time::sleep(Duration::from_millis(5)).await;
+        let server = service.servers()[0].clone();
+        emit_all(&client, "once", EVENTS, MqttQos::ExactlyOnce, |number| match number % 300 {
+            // Only while it is subscribed: where the line breaks between CONNECT and what mosquitto resends, it
+            // publishes again what it had released. See `a_message_that_was_released_is_new_when_it_comes_again`.
+            100 if server_line.accepted() == server_line.cuts() + 1
+                && server.status() == Some(ConnectionStatus::Connected) =>
+            {
+                server_line.cut();
             }
-            match number % 600 {
-                200 => server_line.cut(),
-                400 => client_line.cut(),
-                500 => tokio::time::sleep(Duration::from_millis(30)).await,
-                _ => {}
-            }
-        }
-        for _ in 0..2000 {
-            if seen.lock().len() as u64 == EVENTS {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        let missing: Vec<_> = (0..EVENTS).filter(|number| !seen.lock().contains_key(number)).collect();
-        assert!(
-            missing.is_empty(),
-            "{version}: {} missing, {:?} {:?}",
-            missing.len(),
-            &missing[..missing.len().min(20)],
-            reports.all()
-        );
+            200 => client_line.cut(),
+            _ => {}
+        })
+        .await;
+        until("everything has come", || seen.lock().len() as u64 == EVENTS).await;
         tokio::time::sleep(Duration::from_millis(100)).await;
         let more: Vec<_> =
             seen.lock().iter().filter(|(_, times)| **times != 1).map(|(n, t)| (*n, *t)).collect();
-        // None is wanted. One run of many saw five of them twice, with MQTT 5; why is not known yet.
-        eprintln!("MQTT {version}: came again: {more:?}");
-        assert!(more.len() < 20, "{version}: {more:?} {:?}", reports.all());
+        assert!(more.is_empty(), "{version}: {more:?} {:?}", reports.all());
+        assert!(server_line.cuts() > 1 && client_line.cuts() > 1, "{server_line:?} {client_line:?}");
+        assert_eq!((client.pending(), client.occupied()), (0, 0));
         client.close().await;
         service.stop(GRACE).await;
     }
+}
+
+/// MQTT-16, packet by packet, with a broker played by hand: what a kept session owes the broker after each cut.
+#[actix::test]
+async fn a_message_that_was_released_is_new_when_it_comes_again() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let options = MqttServerOptions::new()
+        .url(format!("mqtt://127.0.0.1:{}", listener.local_addr().unwrap().port()))
+        .protocol_version(5)
+        .client_id("kept")
+        .clean(false)
+        .subscribe_options(MqttSubscribeOptions::qos(MqttQos::ExactlyOnce))
+        .reconnect_period(Duration::from_millis(10));
+    let seen = Seen::default();
+    let session = async |present| {
+        let mut raw = Raw::accept(&listener, present).await;
+        raw.grant().await;
+        raw
+    };
+    let ((service, _), mut raw) = futures::join!(serve(options, [noting("evt", &seen)]), session(false));
+    let publish = |dup, payload: &'static str| {
+        let mut publish = Publish::new("evt", QoS::ExactlyOnce, payload, None);
+        (publish.pkid, publish.dup) = (7, dup);
+        Packet::Publish(publish)
+    };
+    let times = |number| seen.lock().get(&number).copied().unwrap_or_default();
+    raw.send(publish(false, "1")).await;
+    assert!(matches!(raw.packet().await, Packet::PubRec(rec) if rec.pkid == 7));
+    // PUBREC was lost with the line: the message is known.
+    drop(raw);
+    let mut raw = session(true).await;
+    raw.send(publish(true, "1")).await;
+    assert!(matches!(raw.packet().await, Packet::PubRec(rec) if rec.pkid == 7));
+    raw.send(Packet::PubRel(PubRel::new(7, None))).await;
+    assert!(matches!(raw.packet().await, Packet::PubComp(comp) if comp.pkid == 7));
+    // PUBCOMP was lost with the line: it is said again, though nothing is known of it any more.
+    drop(raw);
+    let mut raw = session(true).await;
+    raw.send(Packet::PubRel(PubRel::new(7, None))).await;
+    assert!(matches!(raw.packet().await, Packet::PubComp(comp) if comp.pkid == 7));
+    assert_eq!(times(1), 1);
+    // A new message under the same id whose first copy was lost with the line. It cannot be told from one that a broker
+    // publishes again after it has released it, which the protocol forbids and mosquitto does (2.0.11: when the line
+    // breaks between CONNECT and its PUBREL). Lost would be worse than twice.
+    drop(raw);
+    let mut raw = session(true).await;
+    raw.send(publish(true, "2")).await;
+    assert!(matches!(raw.packet().await, Packet::PubRec(rec) if rec.pkid == 7));
+    until("it has run", || times(2) == 1).await;
+    // A broker that has forgotten the session begins anew.
+    drop(raw);
+    let mut raw = session(false).await;
+    raw.send(publish(false, "3")).await;
+    assert!(matches!(raw.packet().await, Packet::PubRec(rec) if rec.pkid == 7));
+    until("it has run", || times(3) == 1).await;
+    assert_eq!(*seen.lock(), BTreeMap::from([(1, 1), (2, 1), (3, 1)]));
+    service.stop(GRACE).await;
 }
 
 /// MQTT-15: the acknowledgement follows the handler: what it had not finished comes again.
@@ -166,6 +229,94 @@ async fn a_message_whose_handler_had_not_finished_is_delivered_again() {
         assert_eq!(seen.lock().len(), 3);
         service.stop(GRACE).await;
     }
+}
+
+/// MQTT-15: what the broker is told, with a broker played by hand.
+#[actix::test]
+async fn only_a_failure_is_acknowledged_as_one() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let options = MqttServerOptions::new()
+        .url(format!("mqtt://127.0.0.1:{}", listener.local_addr().unwrap().port()))
+        .protocol_version(5)
+        .subscribe_options(MqttSubscribeOptions::qos(MqttQos::ExactlyOnce))
+        .manual_acks(true);
+    let group = event("evt", async |Data(fails): Data<bool>| match fails {
+        true => Err(RpcError::message("no")),
+        false => Ok(()),
+    });
+    let ((service, _), mut raw) = futures::join!(serve(options, [group]), async {
+        let mut raw = Raw::accept(&listener, false).await;
+        raw.grant().await;
+        raw
+    });
+    for (id, fails, puback, pubrec) in [
+        (7, false, PubAckReason::Success, PubRecReason::Success),
+        (8, true, PubAckReason::UnspecifiedError, PubRecReason::UnspecifiedError),
+    ] {
+        for qos in [QoS::AtLeastOnce, QoS::ExactlyOnce] {
+            let mut publish = Publish::new("evt", qos, fails.to_string(), None);
+            publish.pkid = id;
+            raw.send(Packet::Publish(publish)).await;
+            match raw.packet().await {
+                Packet::PubAck(ack) => assert_eq!((ack.pkid, ack.reason), (id, puback)),
+                Packet::PubRec(rec) => assert_eq!((rec.pkid, rec.reason), (id, pubrec)),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    drop(raw);
+    service.stop(GRACE).await;
+}
+
+/// MQTT-16: what waits when the line breaks can no longer be acknowledged and comes again: it does not run before.
+#[actix::test]
+async fn what_comes_again_does_not_run_on_a_line_that_has_ended() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let options = MqttServerOptions::new()
+        .url(format!("mqtt://127.0.0.1:{}", listener.local_addr().unwrap().port()))
+        .client_id("kept")
+        .clean(false)
+        .protocol_version(5)
+        .subscribe_options(MqttSubscribeOptions::qos(MqttQos::AtLeastOnce))
+        .manual_acks(true)
+        .max_in_flight(1)
+        .reconnect_period(Duration::from_millis(10));
+    let seen = Seen::default();
+    let note = Arc::clone(&seen);
+    let group = event("evt", move |Data(number): Data<u64>| {
+        let first = {
+            let mut seen = note.lock();
+            *seen.entry(number).or_insert(0) += 1;
+            seen.len() == 1 && seen[&number] == 1
+        };
+        async move {
+            if first {
+                std::future::pending::<()>().await;
+            }
+            Ok::<_, RpcError>(())
+        }
+    });
+    let session = async |present: bool| {
+        let mut raw = Raw::accept(&listener, present).await;
+        raw.grant().await;
+        for number in 1..=5u16 {
+            let mut publish = Publish::new("evt", QoS::AtLeastOnce, number.to_string(), None);
+            (publish.pkid, publish.dup) = (number, present);
+            raw.send(Packet::Publish(publish)).await;
+        }
+        raw
+    };
+    let ((service, _), raw) = futures::join!(serve(options, [group]), session(false));
+    until("the first is under way", || !seen.lock().is_empty()).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    drop(raw);
+    let mut raw = session(true).await;
+    for number in 1..=5 {
+        assert!(matches!(raw.packet().await, Packet::PubAck(ack) if ack.pkid == number));
+    }
+    assert_eq!(*seen.lock(), BTreeMap::from([(1, 2), (2, 1), (3, 1), (4, 1), (5, 1)]));
+    drop(raw);
+    service.stop(Duration::from_millis(100)).await;
 }
 
 /// MQTT-13: what must not be dropped waits at the broker. (mosquitto 2.0.11 sends more than its window when
@@ -239,19 +390,6 @@ async fn a_slow_handler_drops_and_counts_what_does_not_fit() {
     raw.subscribe("probe").await;
     tokio::time::sleep(Duration::from_millis(300)).await;
     gate.add_permits(1_000_000);
-    let dropped = |reports: &Reports| -> u64 {
-        let all = reports.all();
-        let told = all.iter().filter(|report| report.contains("were dropped"));
-        told.filter_map(|report| {
-            report
-                .split("input: ")
-                .nth(1)
-                .unwrap_or(report)
-                .split(' ')
-                .find_map(|word| word.parse::<u64>().ok())
-        })
-        .sum()
-    };
     until("all are accounted for", || count.load(Ordering::Relaxed) + dropped(&reports) == EVENTS).await;
     // Two hundred thousand bytes of them waited, and those in flight.
     let handled = count.load(Ordering::Relaxed);
@@ -322,15 +460,12 @@ async fn events_that_were_not_acknowledged_are_published_again_after_a_cut() {
         serve(server_options(&broker).subscribe_options(subscribe), [noting("evt", &seen)]).await;
     let client = MqttClient::new(client_options(&broker).url(format!("mqtt://127.0.0.1:{}", relay.port())));
     client.connect().await.unwrap();
-    for number in 0..EVENTS {
-        let record = || MqttRecordBuilder::new(number).set_qos(MqttQos::AtLeastOnce).build();
-        while client.emit("evt", record()).await.is_err() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+    emit_all(&client, "evt", EVENTS, MqttQos::AtLeastOnce, |number| {
         if number % 300 == 299 {
             relay.cut();
         }
-    }
+    })
+    .await;
     until("everything has come", || seen.lock().len() as u64 == EVENTS).await;
     client.close().await;
     service.stop(GRACE).await;

@@ -2,8 +2,10 @@
 //! The MQTT transporter against a real mosquitto, which each test starts on a port of its own.
 #![allow(clippy::unwrap_used)]
 
+mod bad_input;
 mod calls;
 mod config;
+mod confirm;
 mod conformance;
 mod delivery;
 mod faults;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A peer that is none of ours: MQTT 5 by hand, on the driver's codec.
+//! A peer or a broker that is none of ours: MQTT 5 by hand, on the driver's codec.
 
 use std::time::Duration;
 
@@ -7,10 +7,11 @@ use bytes::{Bytes, BytesMut};
 use martlet_testkit::broker::Broker;
 use rumqttc_v5::mqttbytes::QoS;
 use rumqttc_v5::mqttbytes::v5::{
-    Connect, ConnectAuth, Packet, PubAck, PubComp, PubRec, PubRel, Publish, Subscribe, SubscribeFilter,
+    ConnAck, Connect, ConnectAuth, ConnectReturnCode, Packet, PubAck, PubComp, PubRec, PubRel, Publish,
+    SubAck, Subscribe, SubscribeFilter, SubscribeReasonCode,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 
 pub(crate) struct Raw {
     stream: TcpStream,
@@ -36,6 +37,25 @@ impl Raw {
         raw.send(Packet::Connect(connect, None, ConnectAuth::None)).await;
         assert!(matches!(raw.packet().await, Packet::ConnAck(_)));
         raw
+    }
+
+    /// The broker's side of the next connection: takes CONNECT and accepts it.
+    pub(crate) async fn accept(listener: &TcpListener, session_present: bool) -> Self {
+        let (stream, _) = listener.accept().await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        let mut raw = Self { stream, input: BytesMut::new(), next: 0 };
+        assert!(matches!(raw.packet().await, Packet::Connect(..)));
+        let code = ConnectReturnCode::Success;
+        raw.send(Packet::ConnAck(ConnAck { session_present, code, properties: None })).await;
+        raw
+    }
+
+    /// The broker's side: grants the next subscription.
+    pub(crate) async fn grant(&mut self) {
+        let packet = self.packet().await;
+        let Packet::Subscribe(subscribe) = packet else { panic!("{packet:?}") };
+        let return_codes = vec![SubscribeReasonCode::Success(QoS::ExactlyOnce)];
+        self.send(Packet::SubAck(SubAck { pkid: subscribe.pkid, return_codes, properties: None })).await;
     }
 
     pub(crate) async fn send(&mut self, packet: Packet) {

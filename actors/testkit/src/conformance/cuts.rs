@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures::{StreamExt, stream};
 use martlet_core::backoff::BackoffOptions;
-use martlet_core::{CallError, Cancellation, ConnectionStatus, Data, Microservice, RpcError, message};
+use martlet_core::{CallError, Cancellation, ConnectionStatus, Data, Microservice, RpcError, event, message};
 
 use super::calls::slow;
 use super::{Harness, Names, Stage, eventually, ok, small};
@@ -291,4 +291,60 @@ pub async fn a_cut_cancels_the_handlers_work<H: Harness>(harness: H) {
     assert!(matches!(result, Err(CallError::Lost { .. })), "{result:?}");
     stage.client.close().await;
     stage.service.stop(Duration::from_millis(100)).await;
+}
+
+/// Events that are awaited while lines are cut: each is sent, not sent or lost, none is left over, and what was not sent
+/// does not run. A transporter may carry an event over to the next session, but not for ever.
+pub async fn events_over_cuts_have_one_outcome_each<H: Harness>(harness: H) {
+    const EVENTS: usize = 1000;
+    let names = Names::new();
+    let ran: Arc<Vec<AtomicUsize>> = Arc::new((0..EVENTS).map(|_| AtomicUsize::new(0)).collect());
+    let note = Arc::clone(&ran);
+    let noted = event(names.of("noted"), move |Data(number): Data<usize>| {
+        note[number].fetch_add(1, Ordering::SeqCst);
+    });
+    let mut stage = Stage::with(
+        harness,
+        small().handlers(noted).handlers(slow(names.of("slow"))),
+        |server| server.retry_delay = quick(),
+        |client| {
+            client.reconnect = true;
+            client.retry_attempts = 100;
+            client.retry_delay = quick();
+        },
+    )
+    .await;
+    back(&stage, names).await;
+    let ended = AtomicUsize::new(0);
+    let emitting = stream::iter(0..EVENTS)
+        .map(|number| {
+            let (event, ended) = (stage.client.emit(names.of("noted"), number), &ended);
+            async move {
+                let result = event.await;
+                ended.fetch_add(1, Ordering::SeqCst);
+                tokio::task::yield_now().await;
+                (number, result)
+            }
+        })
+        .buffer_unordered(50)
+        .collect::<Vec<_>>();
+    let harness = &mut stage.harness;
+    let (results, ()) = futures::join!(emitting, async {
+        for cut in 1..=5 {
+            eventually("events end", || ended.load(Ordering::SeqCst) >= cut * EVENTS / 6).await;
+            harness.cut();
+        }
+    });
+    back(&stage, names).await;
+    assert!(results.iter().any(|(_, result)| result.is_ok()));
+    for (number, result) in results {
+        match result {
+            Ok(()) | Err(CallError::Lost { .. }) => {}
+            Err(error) if error.is_not_sent() => {
+                assert_eq!(ran[number].load(Ordering::SeqCst), 0, "{number}: {error}");
+            }
+            Err(other) => panic!("{number}: {other:?}"),
+        }
+    }
+    stage.end().await;
 }
