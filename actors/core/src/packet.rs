@@ -47,6 +47,15 @@ impl Raw {
         }
     }
 
+    /// A copy of the value at `span` of a frame, if it is short.
+    pub(crate) fn inline_in(frame: &[u8], span: std::ops::Range<usize>) -> Option<Self> {
+        // What follows it is copied, too, which takes less than to count, and is never looked at.
+        match frame.get(span.start..)?.first_chunk::<RAW_INLINE>() {
+            Some(bytes) if span.len() <= RAW_INLINE => Some(Raw(RawBytes::Inline(span.len() as u8, *bytes))),
+            _ => Self::inline(frame.get(span)?),
+        }
+    }
+
     /// A copy of the value, if it is short.
     pub(crate) fn inline(bytes: &[u8]) -> Option<Self> {
         let mut inline = [0; RAW_INLINE];
