@@ -146,8 +146,7 @@ mod tests {
 
     #[test]
     fn a_free_slot_is_nobodys_and_no_call_is_of_generation_0() {
-        let mut calls = Calls::default();
-        calls.generation = u32::MAX - 1;
+        let mut calls = Calls { generation: u32::MAX - 1, ..Calls::default() };
         let keys = [calls.begin().0, calls.begin().0];
         assert_eq!(keys.map(|key| key.generation), [u32::MAX, 1]);
         calls.remove(keys[0]);

@@ -77,14 +77,14 @@ thread_local! {
 /// As [`to_vec`].
 pub fn to_bytes<T: Serialize + ?Sized>(value: &T) -> Result<Bytes, serde_json::Error> {
     SCRATCH.with(|scratch| match scratch.try_borrow_mut() {
-        Ok(mut scratch) => scratch.to_bytes(value),
+        Ok(mut scratch) => scratch.bytes_of(value),
         // Serializing runs foreign code, which may come back here.
         Err(_) => to_vec(value).map(Bytes::from),
     })
 }
 
 impl Scratch {
-    fn to_bytes<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<Bytes, serde_json::Error> {
+    fn bytes_of<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<Bytes, serde_json::Error> {
         // The last value may have failed, or panicked, half-way.
         self.out.clear();
         self.out.shrink_to(SCRATCH_BYTES);

@@ -106,10 +106,10 @@ async fn replies_that_arrive_together_reach_their_calls_in_their_order() {
                 of_stream = id.to_string();
                 continue;
             }
-            if number.as_u64().unwrap() % 50 == 0 {
+            if number.as_u64().unwrap().is_multiple_of(50) {
                 replies += &frame(&format!(r#"{{"response":"item {number}","id":{of_stream}}}"#));
             }
-            let value = if number.as_u64().unwrap() % 3 == 0 {
+            let value = if number.as_u64().unwrap().is_multiple_of(3) {
                 format!("{long}{number}")
             } else {
                 number.to_string()
