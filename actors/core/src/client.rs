@@ -28,7 +28,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::backoff::{Backoff, BackoffOptions};
-use crate::correlation::{CallKind, ClientCore, CorrelationLimits, NewCall};
+use crate::correlation::{CallKind, ClientCore, CorrelationLimits, NewCall, Next};
 use crate::error::{CallError, RemoteError, SessionError, SessionErrorKind, StartError};
 use crate::events::{EventBus, ServiceEvent};
 use crate::headers::Headers;
@@ -213,40 +213,41 @@ impl ClientProxy {
     /// # Ok(()) }
     /// ```
     pub fn send<T: DeserializeOwned>(&self, pattern: impl Into<Pattern>, data: impl IntoRecord) -> Call<T> {
-        Call { state: CallState::Prepared(self.prepare(pattern.into(), data)), reply: PhantomData }
+        let prepared = self.prepare(pattern.into(), data);
+        Call { caller: Caller { client: self.clone(), prepared, step: Step::Prepared }, reply: PhantomData }
     }
 
     /// Sends an event, **at once**: it goes out whether or not the result is awaited. Awaiting it tells
     /// when the transporter has taken it or, where brokers confirm (RabbitMQ, Redis, MQTT at quality of service 1 and
     /// 2), the broker has; which says nothing about its handlers.
     pub fn emit(&self, pattern: impl Into<Pattern>, data: impl IntoRecord) -> Emit {
-        let prepared = self.prepare(pattern.into(), data);
-        Emit { state: prepared.start(CallKind::Event, None).map_err(Some) }
+        self.start_event(self.prepare(pattern.into(), data))
     }
 
     /// As [`emit`](Self::emit), with metadata and headers of one's own.
     pub fn emit_with(&self, pattern: impl Into<Pattern>, data: impl IntoRecord, metadata: Metadata) -> Emit {
         let mut prepared = self.prepare(pattern.into(), data);
         prepared.extras().metadata = metadata;
-        Emit { state: prepared.start(CallKind::Event, None).map_err(Some) }
+        self.start_event(prepared)
     }
 
+    #[inline]
     fn prepare(&self, pattern: Pattern, data: impl IntoRecord) -> Prepared {
-        let message = data.into_record(self.shared.info.format).map(|(data, headers)| OutboundMessage {
-            id: None,
-            pattern,
-            data,
-            metadata: Metadata::new(),
-            timeout: self.shared.options.timeout,
-            headers,
+        let format = self.shared.info.format;
+        let mut extras = Extras::of_handler();
+        let (data, headers) = data.into_record(format).unwrap_or_else(|error| {
+            extras.get_or_insert_default().failed = Some(error);
+            (Payload::null(format), Headers::new())
         });
-        Prepared {
-            client: self.clone(),
-            message,
-            idempotent: false,
-            extras: Ambient::current()
-                .map(|ambient| Box::new(Extras { ambient: Some(ambient), ..Extras::default() })),
-        }
+        let timeout = self.shared.options.timeout;
+        let message =
+            OutboundMessage { id: None, pattern, data, metadata: Metadata::new(), timeout, headers };
+        Prepared { message: Some(message), idempotent: false, extras }
+    }
+
+    fn start_event(&self, mut prepared: Prepared) -> Emit {
+        let started = prepared.start(self, CallKind::Event, None);
+        Emit { client: self.clone(), state: started.map(|(key, _)| key).map_err(Some), ended: false }
     }
 
     /// Connects now rather than at the first use.
@@ -380,10 +381,10 @@ impl ClientProxy {
 
 // === calls ===
 
+/// A call that has not begun.
 struct Prepared {
-    client: ClientProxy,
-    /// In the form in which it is queued: what is moved often is put together once.
-    message: Result<OutboundMessage, EncodeError>,
+    /// In the form in which it is queued, and moved there from here.
+    message: Option<OutboundMessage>,
     idempotent: bool,
     /// What most calls do not have.
     extras: Option<Box<Extras>>,
@@ -391,23 +392,11 @@ struct Prepared {
 
 #[derive(Default)]
 struct Extras {
+    failed: Option<EncodeError>,
     metadata: Metadata,
     headers: Headers,
     cancellation: Option<Cancellation>,
     ambient: Option<Ambient>,
-}
-
-enum CallState {
-    Prepared(Prepared),
-    Running(Running),
-    Ended,
-}
-
-struct Running {
-    client: ClientProxy,
-    key: SlotKey,
-    cancelled: Option<Cancelled>,
-    ended: bool,
 }
 
 impl Prepared {
@@ -416,44 +405,62 @@ impl Prepared {
     }
 
     fn set_timeout(&mut self, timeout: Option<Duration>) {
-        if let Ok(message) = &mut self.message {
+        if let Some(message) = &mut self.message {
             message.timeout = timeout;
         }
     }
 
     /// Starts it; `cx` is of the task that waits for its reply, if that is known.
-    fn start(self, kind: CallKind, cx: Option<&TaskContext<'_>>) -> Result<Running, CallError> {
-        let Self { client, message, idempotent, extras } = self;
-        let mut message = message.map_err(|error| CallError::Encode(Arc::new(error)))?;
-        (client.shared.check)(&message.pattern).map_err(|reason| {
+    fn start(
+        &mut self,
+        client: &ClientProxy,
+        kind: CallKind,
+        cx: Option<&TaskContext<'_>>,
+    ) -> Result<(SlotKey, Option<Cancelled>), CallError> {
+        let shared = &*client.shared;
+        let mut cancelled = None;
+        if let Some(extras) = self.extras.take() {
+            cancelled = extras.add_to(self.message.as_mut(), shared.options.propagate)?;
+        }
+        let Some(message) = &mut self.message else { return Err(CallError::Closed) };
+        (shared.check)(&message.pattern).map_err(|reason| {
             CallError::Encode(Arc::from(Box::<dyn std::error::Error + Send + Sync>::from(reason)))
         })?;
-        let mut cancelled = None;
-        if let Some(extras) = extras {
-            cancelled = extras.add_to(&mut message, client.shared.options.propagate);
-        }
         let timeout = message.timeout;
         // A stream's timeout is for each reply: its handler has no deadline.
-        if kind != CallKind::Single || !client.shared.options.propagate {
+        if kind != CallKind::Single || !shared.options.propagate {
             message.timeout = None;
         }
-        let waker = cx.map(|cx| cx.waker().clone());
-        let call = NewCall { message, kind, timeout, idempotent, waker };
-        let (key, connected) = client.shared.core.insert(call)?;
+        let waker = cx.map(|cx| cx.waker());
+        let call = NewCall { message: &mut self.message, kind, timeout, idempotent: self.idempotent, waker };
+        let (key, connected) = shared.core.insert(call)?;
         if !connected && let Err(error) = client.start() {
-            client.shared.core.forget(key);
+            shared.core.forget(key);
             return Err(error);
         }
-        Ok(Running { client, key, cancelled, ended: false })
+        Ok((key, cancelled))
     }
 }
 
 type Cancelled = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 impl Extras {
+    /// What a call has of the handler that makes it.
+    fn of_handler() -> Option<Box<Self>> {
+        Ambient::map_current(|ambient| Box::new(Self { ambient: Some(ambient.clone()), ..Self::default() }))
+    }
+
     #[cold]
-    fn add_to(self, message: &mut OutboundMessage, propagate: bool) -> Option<Cancelled> {
-        let Self { metadata, headers, cancellation, ambient } = self;
+    fn add_to(
+        self,
+        message: Option<&mut OutboundMessage>,
+        propagate: bool,
+    ) -> Result<Option<Cancelled>, CallError> {
+        let Self { failed, metadata, headers, cancellation, ambient } = self;
+        if let Some(error) = failed {
+            return Err(CallError::Encode(Arc::new(error)));
+        }
+        let Some(message) = message else { return Ok(None) };
         message.metadata = metadata;
         for (name, value) in headers.iter() {
             message.headers.append(name, value);
@@ -469,7 +476,7 @@ impl Extras {
         {
             insert_trace(&mut message.metadata, &trace.child());
         }
-        cancellation.map(|token| Box::pin(async move { token.cancelled().await }) as Cancelled)
+        Ok(cancellation.map(|token| Box::pin(async move { token.cancelled().await }) as Cancelled))
     }
 }
 
@@ -480,52 +487,101 @@ fn insert_trace(metadata: &mut Metadata, trace: &TraceContext) {
     }
 }
 
-impl Running {
-    fn poll_payload(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Payload, CallError>>> {
-        let format = self.client.shared.info.format;
-        self.poll_reply(cx).map_ok(|reply| reply.into_payload(format))
-    }
-
-    fn poll_reply(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Reply, CallError>>> {
-        if self.ended {
-            return Poll::Ready(None);
-        }
-        let shared = &self.client.shared;
-        if let Some(cancelled) = &mut self.cancelled
-            && cancelled.as_mut().poll(cx).is_ready()
-        {
-            self.cancelled = None;
-            shared.core.cancel(self.key);
-        }
-        match shared.core.poll_reply(self.key, cx) {
-            Poll::Pending => Poll::Pending,
-            Poll::Ready(Some(Ok((reply, last)))) => {
-                self.ended = last;
-                Poll::Ready(Some(match &shared.options.map_response {
-                    Some(map) => map(reply.into_payload(shared.info.format)).map(Reply::Long),
-                    None => Ok(reply),
-                }))
+impl Shared {
+    /// The next reply of a call, put `into`; `None` there when it has completed.
+    fn poll_reply(
+        &self,
+        key: SlotKey,
+        cx: &mut TaskContext<'_>,
+        into: &mut Option<Reply>,
+    ) -> Poll<Result<Next, CallError>> {
+        match std::task::ready!(self.core.poll_reply(key, cx, into)) {
+            Ok(next) => {
+                if let Some(map) = &self.options.map_response
+                    && let Some(reply) = into.take()
+                {
+                    *into = Some(Reply::Long(map(reply.into_payload(self.info.format))?));
+                }
+                Poll::Ready(Ok(next))
             }
-            Poll::Ready(Some(Err(error))) => {
-                self.ended = true;
-                Poll::Ready(Some(Err(match (error, &shared.options.map_error) {
-                    (CallError::Remote(remote), Some(map)) => map(remote),
-                    (error, _) => error,
-                })))
-            }
-            Poll::Ready(None) => {
-                self.ended = true;
-                Poll::Ready(None)
-            }
+            Err(error) => Poll::Ready(Err(match (*error, &self.options.map_error) {
+                (CallError::Remote(remote), Some(map)) => map(remote),
+                (error, _) => error,
+            })),
         }
     }
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        if !self.ended {
-            self.client.shared.core.forget(self.key);
+/// A call and whoever makes it: prepared, under way, ended, in one place, because a move costs more than most of what
+/// is done with it.
+struct Caller {
+    client: ClientProxy,
+    prepared: Prepared,
+    step: Step,
+}
+
+enum Step {
+    Prepared,
+    Running { key: SlotKey, cancelled: Option<Cancelled> },
+    Ended,
+}
+
+impl Caller {
+    /// The next reply, put `into`; `None` there when the call has completed. Frees the slot after the last one and
+    /// after an error.
+    fn poll_reply(
+        &mut self,
+        kind: CallKind,
+        cx: &mut TaskContext<'_>,
+        into: &mut Option<Reply>,
+    ) -> Poll<Result<(), CallError>> {
+        if let Step::Prepared = self.step {
+            self.step = Step::Ended;
+            let (key, cancelled) = self.prepared.start(&self.client, kind, Some(cx))?;
+            // The task is woken by the reply; its token has still to know it.
+            let known = cancelled.is_none();
+            self.step = Step::Running { key, cancelled };
+            if known {
+                return Poll::Pending;
+            }
         }
+        let shared = &*self.client.shared;
+        let Step::Running { key, cancelled } = &mut self.step else { return Poll::Ready(Ok(())) };
+        if let Some(token) = cancelled
+            && token.as_mut().poll(cx).is_ready()
+        {
+            *cancelled = None;
+            shared.core.cancel(*key);
+        }
+        Poll::Ready(match std::task::ready!(shared.poll_reply(*key, cx, into)) {
+            Ok(Next::Reply) => Ok(()),
+            Ok(Next::Last | Next::End) => {
+                self.step = Step::Ended;
+                Ok(())
+            }
+            Err(error) => {
+                // A reply that could not be mapped may have others behind it.
+                self.end();
+                Err(error)
+            }
+        })
+    }
+
+    /// Frees the slot; the peer is told if the call is under way.
+    fn end(&mut self) {
+        if let Step::Running { key, .. } = std::mem::replace(&mut self.step, Step::Ended) {
+            self.client.shared.core.forget(key);
+        }
+    }
+
+    fn format(&self) -> Format {
+        self.client.shared.info.format
+    }
+}
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
@@ -541,20 +597,20 @@ impl Drop for Running {
 /// disturbed.
 #[must_use = "nothing is sent until it is awaited or polled"]
 pub struct Call<T> {
-    state: CallState,
+    caller: Caller,
     reply: PhantomData<fn() -> T>,
 }
 
 impl<T> fmt::Debug for Call<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Call").field("started", &!matches!(self.state, CallState::Prepared(_))).finish()
+        f.debug_struct("Call").field("started", &!matches!(self.caller.step, Step::Prepared)).finish()
     }
 }
 
 impl<T> Call<T> {
     fn change(mut self, change: impl FnOnce(&mut Prepared)) -> Self {
-        if let CallState::Prepared(prepared) = &mut self.state {
-            change(prepared);
+        if let Step::Prepared = self.caller.step {
+            change(&mut self.caller.prepared);
         }
         self
     }
@@ -599,44 +655,7 @@ impl<T> Call<T> {
 
     /// Takes every reply, as a stream. Nothing is sent until it is polled.
     pub fn stream(self) -> ReplyStream<T> {
-        ReplyStream { state: self.state, reply: PhantomData }
-    }
-}
-
-impl CallState {
-    /// What the replies are in.
-    fn format(&self) -> Format {
-        match self {
-            Self::Running(running) => running.client.shared.info.format,
-            _ => Format::Json,
-        }
-    }
-
-    fn poll_reply(
-        &mut self,
-        kind: CallKind,
-        cx: &mut TaskContext<'_>,
-    ) -> Poll<Option<Result<Reply, CallError>>> {
-        match self {
-            Self::Running(running) => running.poll_reply(cx),
-            Self::Ended => Poll::Ready(None),
-            Self::Prepared(_) => {
-                let Self::Prepared(prepared) = std::mem::replace(self, Self::Ended) else {
-                    return Poll::Ready(None);
-                };
-                let mut running = match prepared.start(kind, Some(cx)) {
-                    Ok(running) => running,
-                    Err(error) => return Poll::Ready(Some(Err(error))),
-                };
-                // The task is woken by the reply; its token has still to know it.
-                let polled = match running.cancelled {
-                    Some(_) => running.poll_reply(cx),
-                    None => Poll::Pending,
-                };
-                *self = Self::Running(running);
-                polled
-            }
-        }
+        ReplyStream { caller: self.caller, reply: PhantomData }
     }
 }
 
@@ -652,14 +671,15 @@ impl<T: DeserializeOwned> Future for Call<T> {
     type Output = Result<T, CallError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Self::Output> {
-        let this = &mut *self;
-        let reply = std::task::ready!(this.state.poll_reply(CallKind::Single, cx));
-        let format = this.state.format();
-        // Dropping what runs frees the slot and cancels the rest of a stream.
-        this.state = CallState::Ended;
+        let caller = &mut self.caller;
+        let mut reply = None;
+        let outcome = std::task::ready!(caller.poll_reply(CallKind::Single, cx, &mut reply));
+        // One reply is all: the rest of a stream is cancelled.
+        caller.end();
+        outcome?;
+        let format = caller.format();
         Poll::Ready(match reply {
-            Some(Ok(reply)) => decode(&reply, format),
-            Some(Err(error)) => Err(error),
+            Some(reply) => decode(&reply, format),
             None => Payload::null(format).decode().map_err(|_| CallError::NoValue),
         })
     }
@@ -675,15 +695,13 @@ impl<T> Unpin for Call<T> {}
 /// disturbed.
 #[must_use = "nothing is sent until it is polled"]
 pub struct ReplyStream<T> {
-    state: CallState,
+    caller: Caller,
     reply: PhantomData<fn() -> T>,
 }
 
 impl<T> fmt::Debug for ReplyStream<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ReplyStream")
-            .field("started", &!matches!(self.state, CallState::Prepared(_)))
-            .finish()
+        f.debug_struct("ReplyStream").field("started", &!matches!(self.caller.step, Step::Prepared)).finish()
     }
 }
 
@@ -693,18 +711,10 @@ impl<T: DeserializeOwned> Stream for ReplyStream<T> {
     type Item = Result<T, CallError>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Option<Self::Item>> {
-        let this = &mut *self;
-        match std::task::ready!(this.state.poll_reply(CallKind::Stream, cx)) {
-            Some(Ok(reply)) => Poll::Ready(Some(decode(&reply, this.state.format()))),
-            Some(Err(error)) => {
-                this.state = CallState::Ended;
-                Poll::Ready(Some(Err(error)))
-            }
-            None => {
-                this.state = CallState::Ended;
-                Poll::Ready(None)
-            }
-        }
+        let caller = &mut self.caller;
+        let mut reply = None;
+        std::task::ready!(caller.poll_reply(CallKind::Stream, cx, &mut reply))?;
+        Poll::Ready(reply.map(|reply| decode(&reply, caller.format())))
     }
 }
 
@@ -725,7 +735,9 @@ impl<T: DeserializeOwned> ReplyStream<T> {
 
 /// An event on its way. It goes out even when this is dropped.
 pub struct Emit {
-    state: Result<Running, Option<CallError>>,
+    client: ClientProxy,
+    state: Result<SlotKey, Option<CallError>>,
+    ended: bool,
 }
 
 impl fmt::Debug for Emit {
@@ -740,14 +752,25 @@ impl Future for Emit {
     type Output = Result<(), CallError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Self::Output> {
-        let reply = match &mut self.state {
-            Ok(running) => std::task::ready!(running.poll_reply(cx)),
-            Err(error) => error.take().map(Err),
-        };
-        Poll::Ready(match reply {
-            Some(Err(error)) => Err(error),
-            _ => Ok(()),
-        })
+        let this = &mut *self;
+        match &mut this.state {
+            Ok(_) if this.ended => Poll::Ready(Ok(())),
+            Ok(key) => {
+                // An event has no replies.
+                let outcome = std::task::ready!(this.client.shared.poll_reply(*key, cx, &mut None));
+                this.ended = true;
+                Poll::Ready(outcome.map(|_| ()))
+            }
+            Err(error) => Poll::Ready(error.take().map_or(Ok(()), Err)),
+        }
+    }
+}
+
+impl Drop for Emit {
+    fn drop(&mut self) {
+        if let (Ok(key), false) = (&self.state, self.ended) {
+            self.client.shared.core.forget(*key);
+        }
     }
 }
 
@@ -882,15 +905,14 @@ impl Handler<SendMessage> for ClientActor {
     fn handle(&mut self, message: SendMessage, _ctx: &mut Self::Context) -> Self::Result {
         let proxy = ClientProxy { shared: Arc::clone(&self.shared) };
         Box::pin(async move {
-            let mut prepared = proxy.prepare(message.pattern, message.data);
+            let mut call = proxy.send::<()>(message.pattern, message.data);
             if message.timeout.is_some() {
-                prepared.set_timeout(message.timeout);
+                call.caller.prepared.set_timeout(message.timeout);
             }
-            let mut running = prepared.start(CallKind::Single, None)?;
-            match std::future::poll_fn(|cx| running.poll_payload(cx)).await {
-                Some(reply) => reply,
-                None => Ok(Payload::null(proxy.shared.info.format)),
-            }
+            let format = call.caller.format();
+            let mut reply = None;
+            std::future::poll_fn(|cx| call.caller.poll_reply(CallKind::Single, cx, &mut reply)).await?;
+            Ok(reply.map_or_else(|| Payload::null(format), |reply| reply.into_payload(format)))
         })
     }
 }

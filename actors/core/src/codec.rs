@@ -310,10 +310,14 @@ impl Codec for JsonCodec {
         out: &mut BytesMut,
     ) -> Result<(), CodecError> {
         put_request(packet, out)?;
-        // Nothing in it needs an escape.
-        let mut end = *b",\"id\":\"---------------------\"}";
-        end[7..7 + PacketId::LEN].copy_from_slice(id.as_bytes());
-        out.put_slice(&end);
+        out.put_slice(b",\"id\":\"");
+        // Nothing in it needs an escape. Piece by piece, as it was made: see `PacketId`.
+        let (words, rest) = id.as_bytes().as_chunks::<8>();
+        words.iter().for_each(|word| out.put_slice(word));
+        let (words, rest) = rest.as_chunks::<4>();
+        words.iter().for_each(|word| out.put_slice(word));
+        out.put_slice(rest);
+        out.put_slice(b"\"}");
         Ok(())
     }
 
@@ -323,7 +327,7 @@ impl Codec for JsonCodec {
 
     fn decode_short_response(&self, frame: &[u8]) -> Option<ShortReply> {
         let (value, id) = usual_response(frame)?;
-        Some(ShortReply { id, value: Raw::inline(&frame[value])? })
+        Some(ShortReply { id, value: Raw::inline_in(frame, value)? })
     }
 
     fn decode_response_owned(&self, frame: Bytes) -> Result<ResponsePacket, CodecError> {

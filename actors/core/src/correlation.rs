@@ -17,15 +17,15 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
-use slab::Slab;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::calls::{Calls, Entry};
 use crate::error::{CallError, RemoteError, SessionError, SessionErrorKind, SharedError};
 use crate::packet::{Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::Route;
 use crate::payload::Payload;
-use crate::pending::{Deadlines, Patterns, Replies, Reply};
+use crate::pending::{Deadlines, Patterns, Reply};
 use crate::responder::SlotKey;
 use crate::session::SessionControl;
 use crate::transport::{OutboundMessage, PacketId};
@@ -44,47 +44,37 @@ pub(crate) struct CorrelationLimits {
 }
 
 /// A call as its future hands it over.
-pub(crate) struct NewCall {
-    pub(crate) message: OutboundMessage,
+pub(crate) struct NewCall<'a> {
+    /// Taken if the call is.
+    pub(crate) message: &'a mut Option<OutboundMessage>,
     pub(crate) kind: CallKind,
     pub(crate) timeout: Option<Duration>,
     pub(crate) idempotent: bool,
     /// Who waits for the reply, if known already.
-    pub(crate) waker: Option<Waker>,
+    pub(crate) waker: Option<&'a Waker>,
+}
+
+/// How far a call is that has something to tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// There is a reply, and more may follow.
+    Reply,
+    /// There is a reply, the last one.
+    Last,
+    /// It has completed.
+    End,
 }
 
 /// What a caller waits for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) enum CallKind {
     /// One value: the timeout is for the whole call.
+    #[default]
     Single,
     /// Many values: the timeout is for each.
     Stream,
     /// That the event has been handed to the transporter, or to the broker where that says so.
     Event,
-}
-
-struct Entry {
-    generation: u32,
-    kind: CallKind,
-    /// Its place in [`State::patterns`].
-    pattern: u32,
-    /// Kept once written, of calls that may be sent again.
-    again: Option<Box<OutboundMessage>>,
-    sent: bool,
-    /// An event that outlives its session: the transporter sends it again in the next one.
-    carried: bool,
-    idempotent: bool,
-    /// How often a call was written; of an event, how many sessions it has outlived.
-    attempts: u32,
-    timeout: Option<Duration>,
-    /// None without a timeout, and until the session has taken the call.
-    deadline: Option<Instant>,
-    replies: Replies,
-    ended: Option<Result<(), CallError>>,
-    /// The caller is gone (an emitted event): the entry goes with its end.
-    detached: bool,
-    waker: Option<Waker>,
 }
 
 /// A call that waits to be written.
@@ -93,6 +83,7 @@ pub(crate) struct Queued {
     pub(crate) kind: CallKind,
     /// Whether anyone still waits for it, when it was taken.
     pub(crate) live: bool,
+    /// Without its id, which the session puts in when it writes it.
     pub(crate) message: OutboundMessage,
 }
 
@@ -103,15 +94,17 @@ pub(crate) struct Outgoing {
     pub(crate) calls: VecDeque<Queued>,
     /// Events that the transporter has taken.
     pub(crate) written: Vec<SlotKey>,
+    /// Events that the transporter has taken and of which it will say what the broker made; true for those that outlive
+    /// their session.
+    pub(crate) confirming: Vec<(SlotKey, bool)>,
 }
 
 #[derive(Default)]
 struct State {
-    calls: Slab<Entry>,
+    calls: Calls,
     patterns: Patterns,
     queue: VecDeque<Queued>,
     cancels: VecDeque<(PacketId, Route)>,
-    generation: u32,
     deadlines: Deadlines,
     /// What the timer waits for; `None` when it waits to be told.
     timer_at: Option<Instant>,
@@ -161,7 +154,9 @@ impl ClientCore {
     // === the caller's side ===
 
     /// Takes a call in, and says whether there is a session for it.
-    pub(crate) fn insert(&self, call: NewCall) -> Result<(SlotKey, bool), CallError> {
+    pub(crate) fn insert(&self, call: NewCall<'_>) -> Result<(SlotKey, bool), CallError> {
+        let NewCall { message, kind, timeout, idempotent, waker } = call;
+        let waker = waker.cloned();
         let mut state = self.state.lock();
         if state.closed {
             return Err(CallError::Closed);
@@ -169,33 +164,16 @@ impl ClientCore {
         if state.calls.len() >= self.limits.max_pending {
             return Err(CallError::Overloaded { bound: "max_pending", limit: self.limits.max_pending });
         }
-        state.generation = state.generation.wrapping_add(1);
-        let generation = state.generation;
-        let pattern = state.patterns.keep(&call.message.pattern);
-        let index = state.calls.insert(Entry {
-            generation,
-            kind: call.kind,
-            pattern,
-            again: None,
-            sent: false,
-            carried: false,
-            idempotent: call.idempotent,
-            attempts: 0,
-            timeout: call.timeout,
-            deadline: None,
-            replies: Replies::default(),
-            ended: None,
-            detached: false,
-            waker: call.waker,
-        }) as u32;
-        let key = SlotKey { index, generation };
+        let Some(message) = message.take() else { return Err(CallError::Closed) };
+        let pattern = state.patterns.keep(&message.pattern);
+        let (key, entry) = state.calls.begin();
+        entry.pattern = pattern;
+        entry.kind = kind;
+        entry.timeout = timeout;
+        entry.idempotent = idempotent;
+        entry.waker = waker;
         state.unended += 1;
-        state.enqueue(Queued { key, kind: call.kind, live: true, message: call.message });
-        if call.kind != CallKind::Event
-            && let Some(queued) = state.queue.back_mut()
-        {
-            queued.message.id = Some(self.id(key));
-        }
+        state.enqueue(Queued { key, kind, live: true, message });
         let mut first = false;
         if state.session.is_none() || state.stalled {
             first = state.set_deadline(key, Instant::now());
@@ -214,28 +192,29 @@ impl ClientCore {
         Ok((key, connected))
     }
 
-    /// The next reply of a call, and whether it is certainly the last (the slot is then free); `None` when it
-    /// completed.
+    /// The next reply of a call, put `into` where there is none yet; then the slot is free if nothing can follow.
     pub(crate) fn poll_reply(
         &self,
         key: SlotKey,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<(Reply, bool), CallError>>> {
+        into: &mut Option<Reply>,
+    ) -> Poll<Result<Next, Box<CallError>>> {
         let mut state = self.state.lock();
-        let Some(entry) = state.entry(key) else {
+        let Some(entry) = state.calls.get_mut(key) else {
             // Freed already: the caller polls after the end.
-            return Poll::Ready(None);
+            return Poll::Ready(Ok(Next::End));
         };
-        if let Some(reply) = entry.replies.pop_front() {
+        entry.replies.pop_into(into);
+        if into.is_some() {
             let last = matches!(entry.ended, Some(Ok(()))) && entry.replies.len() == 0;
             if last {
                 state.remove(key);
             }
-            return Poll::Ready(Some(Ok((reply, last))));
+            return Poll::Ready(Ok(if last { Next::Last } else { Next::Reply }));
         }
         if let Some(ended) = entry.ended.take() {
             state.remove(key);
-            return Poll::Ready(ended.err().map(Err));
+            return Poll::Ready(ended.map(|()| Next::End));
         }
         match &mut entry.waker {
             Some(waker) => waker.clone_from(cx.waker()),
@@ -247,7 +226,7 @@ impl ClientCore {
     /// The caller has lost interest: frees the slot, and tells the peer if the call is under way.
     pub(crate) fn forget(&self, key: SlotKey) {
         let mut state = self.lock();
-        let Some(entry) = state.entry(key) else { return };
+        let Some(entry) = state.calls.get_mut(key) else { return };
         if entry.kind == CallKind::Event && entry.ended.is_none() {
             entry.detached = true;
             return;
@@ -263,7 +242,7 @@ impl ClientCore {
     /// Ends a call from the caller's side with an outcome it will read.
     pub(crate) fn cancel(&self, key: SlotKey) {
         let mut state = self.lock();
-        let Some(entry) = state.entry(key) else { return };
+        let Some(entry) = state.calls.get_mut(key) else { return };
         if entry.sent && entry.ended.is_none() {
             state.tell_cancelled(key, self.id(key));
         }
@@ -314,7 +293,7 @@ impl ClientCore {
         let mut first = false;
         for queued in &mut out.calls {
             let key = queued.key;
-            let Some(entry) = state.entry(key).filter(|entry| entry.ended.is_none()) else {
+            let Some(entry) = state.calls.get_mut(key).filter(|entry| entry.ended.is_none()) else {
                 queued.live = false;
                 continue;
             };
@@ -350,7 +329,7 @@ impl ClientCore {
     pub(crate) fn put_back(&self, calls: &mut VecDeque<Queued>) {
         let mut state = self.state.lock();
         for queued in calls.drain(..).rev() {
-            if let Some(entry) = state.entry(queued.key)
+            if let Some(entry) = state.calls.get_mut(queued.key)
                 && queued.live
             {
                 entry.sent = false;
@@ -371,31 +350,44 @@ impl ClientCore {
         }
     }
 
-    /// The transporter took an event and will say what the broker made of it, by its id; if it is carried, perhaps
-    /// in a later session.
-    pub(crate) fn confirming(&self, key: SlotKey, carried: bool) {
+    /// The transporter took these events and will say what the broker made of each, by its id; of those that are
+    /// carried, perhaps in a later session.
+    pub(crate) fn confirming(&self, events: &mut Vec<(SlotKey, bool)>) {
+        if events.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let mut first = false;
         let mut state = self.state.lock();
-        let Some(entry) = state.entry(key).filter(|entry| entry.ended.is_none()) else { return };
-        entry.sent = true;
-        entry.carried = carried;
-        let is_timed = entry.deadline.is_none() && entry.timeout.is_some();
-        if is_timed && state.set_deadline(key, Instant::now()) {
-            drop(state);
+        for (key, carried) in events.drain(..) {
+            let Some(entry) = state.calls.get_mut(key).filter(|entry| entry.ended.is_none()) else { continue };
+            entry.carried = carried;
+            if entry.deadline.is_none() && entry.timeout.is_some() {
+                first |= state.set_deadline(key, now);
+            }
+        }
+        drop(state);
+        if first {
             self.timer.notify_one();
         }
     }
 
-    /// What the broker made of an event.
-    pub(crate) fn confirmed(&self, receipt: PacketId, refused: Option<String>) {
-        let Some(key) = self.key_of(receipt) else { return };
+    /// What the broker made of events, and why it refused them if it did.
+    pub(crate) fn confirmed(&self, events: &mut Vec<(PacketId, Option<String>)>) {
+        if events.is_empty() {
+            return;
+        }
         let mut state = self.lock();
-        let outlived = state.entry(key).is_some_and(|entry| entry.attempts > 0);
-        let refused = refused.map(SessionError::refused).map(|cause| match outlived {
-            // An earlier session may have brought it there, unheard.
-            true => CallError::Lost { cause },
-            false => CallError::NotSent { cause },
-        });
-        state.end(key, refused.map_or(Ok(()), Err));
+        for (receipt, refused) in events.drain(..) {
+            let Some(key) = self.key_of(receipt) else { continue };
+            let outlived = state.calls.get(key).is_some_and(|entry| entry.attempts > 0);
+            let refused = refused.map(SessionError::refused).map(|cause| match outlived {
+                // An earlier session may have brought it there, unheard.
+                true => CallError::Lost { cause },
+                false => CallError::NotSent { cause },
+            });
+            state.end(key, refused.map_or(Ok(()), Err));
+        }
     }
 
     /// The transporter cannot put it in wire form.
@@ -455,7 +447,7 @@ impl ClientCore {
 
     fn on_item(&self, state: &mut State, key: SlotKey, payload: Payload) {
         let limit = self.limits.max_buffered_replies;
-        let Some(entry) = state.entry(key) else { return };
+        let Some(entry) = state.calls.get_mut(key) else { return };
         if entry.replies.len() >= limit {
             // The caller does not read; holding the line for everyone else on it would be worse.
             state.tell_cancelled(key, self.id(key));
@@ -503,24 +495,24 @@ impl ClientCore {
         }
         state.cancels.clear();
         let goes_on = self.limits.reconnect && cause.kind() != SessionErrorKind::Fatal;
-        for (_, entry) in state.calls.iter_mut().filter(|(_, entry)| entry.carried) {
+        for entry in state.calls.iter_mut().filter(|entry| entry.carried) {
             entry.attempts = entry.attempts.saturating_add(1);
         }
         let sent: Vec<_> = state
             .calls
-            .iter_mut()
+            .iter()
             .filter(|(_, entry)| entry.sent && entry.ended.is_none() && !(goes_on && entry.carried))
-            .map(|(index, entry)| {
+            .map(|(key, entry)| {
                 let again = entry
                     .again
                     .clone()
                     .filter(|_| entry.attempts <= self.limits.resend_attempts && entry.replies.len() == 0);
-                (SlotKey { index: index as u32, generation: entry.generation }, entry.kind, again)
+                (key, entry.kind, again)
             })
             .collect();
         for (key, kind, again) in sent {
             if let Some(message) = again {
-                if let Some(entry) = state.entry(key) {
+                if let Some(entry) = state.calls.get_mut(key) {
                     entry.sent = false;
                 }
                 state.enqueue(Queued { key, kind, live: true, message: *message });
@@ -552,7 +544,7 @@ impl ClientCore {
         let mut state = self.state.lock();
         // Calls that ended while they waited leave their keys behind.
         while let Some(key) = state.queue.front().map(|queued| queued.key) {
-            if state.entry(key).is_some_and(|entry| entry.ended.is_none()) {
+            if state.calls.get_mut(key).is_some_and(|entry| entry.ended.is_none()) {
                 return true;
             }
             state.queue.pop_front();
@@ -580,7 +572,7 @@ impl ClientCore {
         let mut state = self.lock();
         for key in state.open(|_| true) {
             // The session says it before it closes: handlers behind a broker would not learn it otherwise.
-            if state.entry(key).is_some_and(|entry| entry.sent && entry.kind != CallKind::Event) {
+            if state.calls.get_mut(key).is_some_and(|entry| entry.sent && entry.kind != CallKind::Event) {
                 state.tell_cancelled(key, self.id(key));
             }
             state.end(key, Err(outcome.clone()));
@@ -611,10 +603,12 @@ impl ClientCore {
     fn expire(&self, now: Instant) -> Option<Instant> {
         let mut state = self.lock();
         state.timer_at = None;
-        while let Some((at, index, generation)) = state.deadlines.peek() {
-            let key = SlotKey { index, generation };
-            let current =
-                state.entry(key).filter(|entry| entry.ended.is_none()).and_then(|entry| entry.deadline);
+        while let Some((at, key)) = state.deadlines.peek() {
+            let current = state
+                .calls
+                .get_mut(key)
+                .filter(|entry| entry.ended.is_none())
+                .and_then(|entry| entry.deadline);
             // An ended call, or one whose deadline moved, left this mark behind.
             if current != Some(at) {
                 state.deadlines.pop();
@@ -625,7 +619,7 @@ impl ClientCore {
                 return Some(at);
             }
             state.deadlines.pop();
-            let Some(entry) = state.entry(key) else { continue };
+            let Some(entry) = state.calls.get_mut(key) else { continue };
             let after = entry.timeout.unwrap_or_default();
             if entry.sent && entry.kind != CallKind::Event {
                 state.tell_cancelled(key, self.id(key));
@@ -646,22 +640,18 @@ fn own_id(raw: &Raw) -> Option<PacketId> {
 }
 
 impl State {
-    fn entry(&mut self, key: SlotKey) -> Option<&mut Entry> {
-        self.calls.get_mut(key.index as usize).filter(|entry| entry.generation == key.generation)
-    }
-
     /// The calls of a kind that have not ended.
     fn open(&self, of: impl Fn(&Entry) -> bool) -> Vec<SlotKey> {
         let open = self.calls.iter().filter(|(_, entry)| entry.ended.is_none() && of(entry));
-        open.map(|(index, entry)| SlotKey { index: index as u32, generation: entry.generation }).collect()
+        open.map(|(key, _)| key).collect()
     }
 
     /// The call that a reply is for; one that comes when nobody waits for it is counted.
     fn waiting(&mut self, key: Option<SlotKey>) -> Option<(SlotKey, &mut Entry)> {
         let waits = |entry: &Entry| entry.ended.is_none() && entry.kind != CallKind::Event;
         let entry = key.and_then(|key| {
-            let entry = self.calls.get_mut(key.index as usize)?;
-            (entry.generation == key.generation && waits(entry)).then_some((key, entry))
+            let entry = self.calls.get_mut(key)?;
+            waits(entry).then_some((key, entry))
         });
         if entry.is_none() {
             self.late += 1;
@@ -671,8 +661,8 @@ impl State {
 
     /// Ends a call that has not ended: its one outcome.
     fn end(&mut self, key: SlotKey, outcome: Result<(), CallError>) {
-        let Some(entry) = self.entry(key).filter(|entry| entry.ended.is_none()) else { return };
-        entry.ended = Some(outcome);
+        let Some(entry) = self.calls.get_mut(key).filter(|entry| entry.ended.is_none()) else { return };
+        entry.ended = Some(outcome.map_err(Box::new));
         entry.again = None;
         let waker = entry.waker.take();
         let detached = entry.detached;
@@ -691,7 +681,7 @@ impl State {
 
     /// Lets the session tell the peer that nobody waits for this call any more.
     fn tell_cancelled(&mut self, key: SlotKey, id: PacketId) {
-        let Some(place) = self.entry(key).map(|entry| entry.pattern) else { return };
+        let Some(place) = self.calls.get(key).map(|entry| entry.pattern) else { return };
         if let (Some(session), Some(route)) = (&self.session, self.patterns.route(place)) {
             self.cancels.push_back((id, route.clone()));
             session.wake();
@@ -699,14 +689,13 @@ impl State {
     }
 
     fn end_no_handler(&mut self, key: SlotKey) {
-        let Some(place) = self.entry(key).map(|entry| entry.pattern) else { return };
+        let Some(place) = self.calls.get(key).map(|entry| entry.pattern) else { return };
         let pattern = self.patterns.route(place).map(Route::to_string).unwrap_or_default();
         self.end(key, Err(CallError::NoHandler { pattern }));
     }
 
     fn remove(&mut self, key: SlotKey) {
-        if let Some(pattern) = self.entry(key).map(|entry| entry.pattern) {
-            self.calls.remove(key.index as usize);
+        if let Some(pattern) = self.calls.remove(key) {
             self.patterns.release(pattern);
         }
     }
@@ -716,30 +705,20 @@ impl State {
         // Calls that ended while they waited leave their messages behind; swept when most are such.
         if self.queue.len() > 2 * self.unended + BATCH {
             let calls = &self.calls;
-            self.queue.retain(|queued| {
-                calls
-                    .get(queued.key.index as usize)
-                    .is_some_and(|entry| entry.generation == queued.key.generation && entry.ended.is_none())
-            });
+            self.queue.retain(|queued| calls.get(queued.key).is_some_and(|entry| entry.ended.is_none()));
         }
         self.queue.push_back(queued);
     }
 
     /// Lets a call's time begin; `true` when the timer must be told.
     fn set_deadline(&mut self, key: SlotKey, now: Instant) -> bool {
-        let Some(entry) = self.entry(key) else { return false };
+        let Some(entry) = self.calls.get_mut(key) else { return false };
         entry.deadline = entry.timeout.and_then(|timeout| now.checked_add(timeout));
         let Some(deadline) = entry.deadline else { return false };
-        // Ended calls leave their marks behind; swept when most are such.
-        if self.deadlines.len() > 2 * self.calls.len() + 1024 {
-            let calls = &self.calls;
-            self.deadlines.retain(|(at, index, generation)| {
-                calls.get(*index as usize).is_some_and(|entry| {
-                    entry.generation == *generation && entry.deadline == Some(*at) && entry.ended.is_none()
-                })
-            });
-        }
-        self.deadlines.push((deadline, key.index, key.generation));
+        let calls = &self.calls;
+        self.deadlines.push((deadline, key), calls.len(), |(at, key)| {
+            calls.get(*key).is_none_or(|entry| entry.deadline != Some(*at) || entry.ended.is_some())
+        });
         let first = self.timer_at.is_none_or(|at| deadline < at);
         if first {
             self.timer_at = Some(deadline);
@@ -753,7 +732,7 @@ impl State {
         let mut first = false;
         for place in 0..self.queue.len() {
             let key = self.queue[place].key;
-            if self.entry(key).is_some_and(|entry| entry.deadline.is_none() && entry.ended.is_none()) {
+            if self.calls.get(key).is_some_and(|entry| entry.deadline.is_none() && entry.ended.is_none()) {
                 first |= self.set_deadline(key, now);
             }
         }
@@ -815,7 +794,7 @@ mod tests {
         ClientCore::new(limits)
     }
 
-    fn call(kind: CallKind) -> NewCall {
+    fn insert(core: &ClientCore, kind: CallKind) -> SlotKey {
         let message = OutboundMessage {
             id: None,
             pattern: Pattern::from("p"),
@@ -824,35 +803,39 @@ mod tests {
             timeout: None,
             headers: Default::default(),
         };
-        NewCall { message, kind, timeout: Some(Duration::from_secs(5)), idempotent: false, waker: None }
+        let timeout = Some(Duration::from_secs(5));
+        let mut message = Some(message);
+        let call = NewCall { message: &mut message, kind, timeout, idempotent: false, waker: None };
+        core.insert(call).unwrap().0
     }
 
     fn deadline(core: &ClientCore, key: SlotKey) -> Option<Instant> {
-        core.state.lock().entry(key).unwrap().deadline
+        core.state.lock().calls.get(key).unwrap().deadline
     }
 
     #[test]
     fn the_time_of_a_call_runs_when_it_is_taken_or_has_to_wait() {
         let core = core();
-        let (unconnected, _) = core.insert(call(CallKind::Single)).unwrap();
+        let unconnected = insert(&core, CallKind::Single);
         assert!(deadline(&core, unconnected).is_some());
         core.session_started(&Arc::default());
-        let (taken, _) = core.insert(call(CallKind::Single)).unwrap();
+        let taken = insert(&core, CallKind::Single);
         assert!(deadline(&core, taken).is_none());
         let mut out = Outgoing::default();
         assert!(core.take_outbound(&mut out));
         assert!(deadline(&core, taken).is_some());
-        assert!(out.calls.iter().all(|queued| queued.live && queued.message.id.is_some()));
+        assert!(out.calls.iter().all(|queued| queued.live));
+        assert_eq!(out.calls.iter().map(|queued| queued.key).collect::<Vec<_>>(), [unconnected, taken]);
         out.calls.clear();
         assert!(!core.take_outbound(&mut out));
 
-        let (waits, _) = core.insert(call(CallKind::Event)).unwrap();
+        let waits = insert(&core, CallKind::Event);
         core.stall();
-        let (behind, _) = core.insert(call(CallKind::Single)).unwrap();
+        let behind = insert(&core, CallKind::Single);
         assert!(deadline(&core, waits).is_some() && deadline(&core, behind).is_some());
         let lost = SessionError::lost("x");
         core.session_started(&Arc::default());
-        let (queued, _) = core.insert(call(CallKind::Single)).unwrap();
+        let queued = insert(&core, CallKind::Single);
         core.session_ended(&lost);
         assert!(deadline(&core, queued).is_some());
         assert_eq!(core.pending(), 3, "those never taken are still queued");
@@ -865,12 +848,12 @@ mod tests {
         let core = core();
         core.session_started(&Arc::default());
         let kinds = [CallKind::Single, CallKind::Event, CallKind::Single];
-        let keys = kinds.map(|kind| core.insert(call(kind)).unwrap().0);
+        let keys = kinds.map(|kind| insert(&core, kind));
         let mut out = Outgoing::default();
         core.take_outbound(&mut out);
         out.calls.pop_front();
         core.put_back(&mut out.calls);
-        let (last, _) = core.insert(call(CallKind::Event)).unwrap();
+        let last = insert(&core, CallKind::Event);
         core.take_outbound(&mut out);
         let order: Vec<_> = out.calls.iter().map(|queued| queued.key).collect();
         assert_eq!(order, [keys[1], keys[2], last]);
@@ -878,7 +861,7 @@ mod tests {
         let taken = out.calls.pop_front().unwrap();
         core.put_back(&mut out.calls);
         core.session_ended(&SessionError::lost("x"));
-        let ended = |key: SlotKey| core.state.lock().entry(key).unwrap().ended.is_some();
+        let ended = |key: SlotKey| core.state.lock().calls.get(key).unwrap().ended.is_some();
         assert!(ended(keys[0]) && ended(taken.key) && !ended(keys[2]) && !ended(last));
         assert_eq!(core.pending(), 2);
     }

@@ -17,7 +17,7 @@
 use std::io;
 use std::ops::Range;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::Serialize;
@@ -59,9 +59,14 @@ pub fn to_vec<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, serde_json::E
 /// How much [`to_bytes`] allocates at once for the small values that follow each other.
 const SCRATCH_BYTES: usize = 4096;
 
+/// Where a value is written, and what the bytes of small ones are cut from.
+struct Scratch {
+    out: Vec<u8>,
+    pool: Option<BytesMut>,
+}
+
 thread_local! {
-    /// Where a value is written, and what the bytes of small ones are cut from.
-    static SCRATCH: Cell<(Vec<u8>, Option<BytesMut>)> = const { Cell::new((Vec::new(), None)) };
+    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { out: Vec::new(), pool: None }) };
 }
 
 /// Serializes `value` to bytes, spelled as JavaScript would. Small values of one thread share allocations of
@@ -71,26 +76,33 @@ thread_local! {
 ///
 /// As [`to_vec`].
 pub fn to_bytes<T: Serialize + ?Sized>(value: &T) -> Result<Bytes, serde_json::Error> {
-    // Taken, not borrowed: serializing runs foreign code, which may come back here.
-    let (mut out, mut pool) = SCRATCH.take();
-    let written = value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, JsFormatter));
-    let bytes = match out.len() {
-        len if len > SCRATCH_BYTES => Bytes::from(std::mem::take(&mut out)),
-        len if len > SCRATCH_BYTES / 16 => Bytes::copy_from_slice(&out),
-        len => {
-            let room = pool.take().filter(|pool| pool.capacity() >= len);
-            let mut room = room.unwrap_or_else(|| BytesMut::with_capacity(SCRATCH_BYTES));
-            room.put_slice(&out);
-            let bytes = room.split().freeze();
-            pool = Some(room);
-            bytes
+    SCRATCH.with(|scratch| match scratch.try_borrow_mut() {
+        Ok(mut scratch) => scratch.bytes_of(value),
+        // Serializing runs foreign code, which may come back here.
+        Err(_) => to_vec(value).map(Bytes::from),
+    })
+}
+
+impl Scratch {
+    fn bytes_of<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<Bytes, serde_json::Error> {
+        // The last value may have failed, or panicked, half-way.
+        self.out.clear();
+        self.out.shrink_to(SCRATCH_BYTES);
+        value.serialize(&mut serde_json::Serializer::with_formatter(&mut self.out, JsFormatter))?;
+        let len = self.out.len();
+        if len > SCRATCH_BYTES {
+            return Ok(Bytes::from(std::mem::take(&mut self.out)));
         }
-    };
-    out.clear();
-    if out.capacity() <= SCRATCH_BYTES {
-        SCRATCH.set((out, pool));
+        if len > SCRATCH_BYTES / 16 {
+            return Ok(Bytes::copy_from_slice(&self.out));
+        }
+        let pool = match &mut self.pool {
+            Some(pool) if pool.capacity() >= len => pool,
+            pool => pool.insert(BytesMut::with_capacity(SCRATCH_BYTES)),
+        };
+        pool.put_slice(&self.out);
+        Ok(pool.split().freeze())
     }
-    written.map(|()| bytes)
 }
 
 /// Appends `value` to `out`, spelled as JavaScript would.
@@ -931,6 +943,28 @@ mod tests {
     }
 
     const NAMES: [&str; 4] = ["pattern", "data", "id", "metadata"];
+
+    #[test]
+    fn bytes_are_written_where_others_are_and_after_one_that_failed() {
+        use serde::ser::Error;
+        struct Inside(bool);
+        impl Serialize for Inside {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                // Runs in the middle of the array around it.
+                let inner = to_bytes(&[1, 2]).map_err(S::Error::custom)?;
+                if self.0 { inner.len().serialize(serializer) } else { Err(S::Error::custom("no")) }
+            }
+        }
+        assert_eq!(to_bytes(&[Inside(true), Inside(true)]).unwrap(), "[5,5]");
+        assert!(to_bytes(&[Inside(true), Inside(false)]).is_err());
+        assert_eq!(to_bytes("a").unwrap(), "\"a\"");
+        for len in [SCRATCH_BYTES / 16, SCRATCH_BYTES / 16 + 1, SCRATCH_BYTES, SCRATCH_BYTES + 1] {
+            let text = "x".repeat(len - 2);
+            let bytes = to_bytes(&text).unwrap();
+            assert_eq!(bytes, to_vec(&text).unwrap());
+            assert_eq!(bytes.len(), len);
+        }
+    }
 
     #[test]
     fn arrays_of_numbers_are_judged_as_serde_json_does() {

@@ -6,6 +6,7 @@
 pub mod arbiters;
 pub mod backoff;
 mod batch;
+mod calls;
 pub mod client;
 pub mod codec;
 mod correlation;

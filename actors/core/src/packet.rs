@@ -76,9 +76,14 @@ impl Raw {
         }
     }
 
+    /// A copy of the value at `span` of a frame, if it is short.
+    pub(crate) fn inline_in(frame: &[u8], span: std::ops::Range<usize>) -> Option<Self> {
+        (span.len() <= RAW_INLINE).then(|| Raw(RawBytes::Inline(Inline::cut(frame, span))))
+    }
+
     /// A copy of the value, if it is short.
     pub(crate) fn inline(bytes: &[u8]) -> Option<Self> {
-        (bytes.len() <= RAW_INLINE).then(|| Raw(RawBytes::Inline(Inline::cut(bytes, 0..bytes.len()))))
+        Self::inline_in(bytes, 0..bytes.len())
     }
 }
 

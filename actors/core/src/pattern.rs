@@ -16,6 +16,8 @@
 //! - a quoted string is unquoted until nothing is left to unquote, so that a route is its own route.
 
 use std::borrow::Borrow;
+use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt;
 use std::str::FromStr;
@@ -127,12 +129,32 @@ impl std::hash::Hash for Pattern {
     }
 }
 
+/// How many patterns made of text a thread keeps for when the same text is made a pattern again, and how long their
+/// texts may be: clients name the same few patterns over and over.
+const KEPT: usize = 8;
+const KEPT_BYTES: usize = 128;
+
+thread_local! {
+    static LAST: RefCell<VecDeque<Pattern>> = const { RefCell::new(VecDeque::new()) };
+}
+
 impl From<&str> for Pattern {
     fn from(text: &str) -> Self {
-        let mut quoted = bytes::BytesMut::new();
-        json::write_string(&mut quoted, text);
-        let quoted = String::from_utf8_lossy(&quoted).into_owned();
-        Pattern::assemble(quoted, Some(text.into()), Route::from(route_of_text(text)))
+        LAST.with_borrow_mut(|last| {
+            let is_it = |pattern: &&Pattern| pattern.as_str() == Some(text);
+            if let Some(known) = last.iter().find(is_it) {
+                return known.clone();
+            }
+            let mut quoted = bytes::BytesMut::new();
+            json::write_string(&mut quoted, text);
+            let quoted = String::from_utf8_lossy(&quoted).into_owned();
+            let pattern = Pattern::assemble(quoted, Some(text.into()), Route::from(route_of_text(text)));
+            if text.len() <= KEPT_BYTES {
+                last.truncate(KEPT - 1);
+                last.push_front(pattern.clone());
+            }
+            pattern
+        })
     }
 }
 
@@ -505,5 +527,26 @@ mod collate {
                 prop_assert_eq!(compare_ascii(&a, &b), root().compare(&a, &b));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_that_was_a_pattern_of_late_is_the_same_one() {
+        let first = Pattern::from("kept 0");
+        assert!(Pattern::from("kept 0".to_owned()).is_same(&first));
+        assert_eq!(Pattern::from("kept").as_str(), Some("kept"));
+        for number in 1..KEPT {
+            drop(Pattern::from(format!("kept {number}")));
+        }
+        let again = Pattern::from("kept 0");
+        assert!(!again.is_same(&first) && again == first, "only so many are kept");
+        let (longest, longer) = ("x".repeat(KEPT_BYTES), "x".repeat(KEPT_BYTES + 1));
+        assert!(Pattern::from(&longest).is_same(&Pattern::from(&longest)));
+        assert!(!Pattern::from(&longer).is_same(&Pattern::from(&longer)));
+        LAST.with_borrow(|last| assert_eq!(last.len(), KEPT));
     }
 }

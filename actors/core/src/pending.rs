@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use crate::packet::Raw;
 use crate::pattern::{Pattern, Route};
 use crate::payload::{Format, Payload};
+use crate::responder::SlotKey;
 
 /// A reply that waits to be read.
 pub(crate) enum Reply {
@@ -28,32 +29,46 @@ impl Reply {
 
 /// Replies that wait to be read: nearly always one at the most, which costs no allocation.
 #[derive(Default)]
-pub(crate) struct Replies {
-    first: Option<Reply>,
-    // Boxed once more, so that an entry without it is small.
+pub(crate) enum Replies {
+    #[default]
+    None,
+    One(Reply),
+    // Boxed once more, so that an entry is small.
     #[allow(clippy::box_collection)]
-    more: Option<Box<VecDeque<Reply>>>,
+    Many(Box<VecDeque<Reply>>),
 }
 
 impl Replies {
     pub(crate) fn push_back(&mut self, reply: Reply) {
-        if self.first.is_none() {
-            self.first = Some(reply);
-        } else {
-            self.more.get_or_insert_default().push_back(reply);
+        match self {
+            Self::None => *self = Self::One(reply),
+            Self::Many(replies) => replies.push_back(reply),
+            Self::One(_) => {
+                let Self::One(first) = std::mem::take(self) else { return };
+                *self = Self::Many(Box::new(VecDeque::from([first, reply])));
+            }
         }
     }
 
-    pub(crate) fn pop_front(&mut self) -> Option<Reply> {
-        let first = self.first.take();
-        if let Some(more) = &mut self.more {
-            self.first = more.pop_front();
+    /// Moves the first one, if there is one.
+    pub(crate) fn pop_into(&mut self, into: &mut Option<Reply>) {
+        match self {
+            Self::None => {}
+            Self::Many(replies) => *into = replies.pop_front(),
+            Self::One(_) => {
+                if let Self::One(reply) = std::mem::take(self) {
+                    *into = Some(reply);
+                }
+            }
         }
-        first
     }
 
     pub(crate) fn len(&self) -> usize {
-        usize::from(self.first.is_some()) + self.more.as_ref().map_or(0, |more| more.len())
+        match self {
+            Self::None => 0,
+            Self::One(_) => 1,
+            Self::Many(replies) => replies.len(),
+        }
     }
 }
 
@@ -64,15 +79,22 @@ pub(crate) struct Deadlines {
     others: BinaryHeap<Reverse<Mark>>,
 }
 
-/// When, and the index and the generation of the call.
-pub(crate) type Mark = (Instant, u32, u32);
+/// When, and of which call.
+pub(crate) type Mark = (Instant, SlotKey);
 
 impl Deadlines {
-    pub(crate) fn len(&self) -> usize {
-        self.queue.len() + self.others.len()
-    }
-
-    pub(crate) fn push(&mut self, mark: Mark) {
+    /// Adds a mark. Ended calls leave theirs behind (`is_over`): these go when they are first, a few at a time, because
+    /// calls end about in the order in which they began; and all at once when most are such, with `calls` under way.
+    pub(crate) fn push(&mut self, mark: Mark, calls: usize, is_over: impl Fn(&Mark) -> bool) {
+        for _ in 0..2 {
+            if self.queue.front().is_some_and(&is_over) {
+                self.queue.pop_front();
+            }
+        }
+        if self.queue.len() + self.others.len() > 2 * calls + 1024 {
+            self.queue.retain(|mark| !is_over(mark));
+            self.others.retain(|Reverse(mark)| !is_over(mark));
+        }
         if self.queue.back().is_none_or(|last| last.0 <= mark.0) {
             self.queue.push_back(mark);
         } else {
@@ -94,11 +116,6 @@ impl Deadlines {
             (Some(_), _) => drop(self.queue.pop_front()),
             (None, _) => drop(self.others.pop()),
         }
-    }
-
-    pub(crate) fn retain(&mut self, keep: impl Fn(&Mark) -> bool) {
-        self.queue.retain(&keep);
-        self.others.retain(|Reverse(mark)| keep(mark));
     }
 }
 
@@ -151,22 +168,47 @@ mod tests {
 
     use super::*;
 
+    fn key(index: u32) -> SlotKey {
+        SlotKey { index, generation: 1 }
+    }
+
+    fn passed(deadlines: &mut Deadlines, since: Instant) -> Vec<u64> {
+        let mut passed = Vec::new();
+        while let Some((at, _)) = deadlines.peek() {
+            passed.push((at - since).as_secs());
+            deadlines.pop();
+        }
+        passed
+    }
+
     #[test]
     fn deadlines_come_in_the_order_they_pass() {
         let start = Instant::now();
         let mut deadlines = Deadlines::default();
         let times = [5, 7, 7, 3, 9, 1, 8, 9, 2];
         for (index, seconds) in times.into_iter().enumerate() {
-            deadlines.push((start + Duration::from_secs(seconds), index as u32, 0));
+            deadlines.push((start + Duration::from_secs(seconds), key(index as u32)), 9, |_| false);
         }
-        deadlines.retain(|(_, index, _)| *index != 6);
-        assert_eq!(deadlines.len(), times.len() - 1);
-        let mut passed = Vec::new();
-        while let Some((at, ..)) = deadlines.peek() {
-            passed.push((at - start).as_secs());
-            deadlines.pop();
+        assert_eq!(passed(&mut deadlines, start), [1, 2, 3, 5, 7, 7, 8, 9, 9]);
+    }
+
+    #[test]
+    fn marks_of_ended_calls_go_when_they_are_first_or_most() {
+        let start = Instant::now();
+        let mut deadlines = Deadlines::default();
+        let is_over = |mark: &Mark| mark.1.index != 0 && mark.1.index < 5000;
+        for index in 1..=5001 {
+            deadlines.push((start + Duration::from_secs(index), key(index as u32)), 2, is_over);
+            assert!(deadlines.queue.len() <= 3, "one ends before the next begins");
         }
-        assert_eq!(passed, [1, 2, 3, 5, 7, 7, 9, 9]);
+        assert_eq!(passed(&mut deadlines, start), [5000, 5001]);
+        // One that lasts holds the others up, until there are too many.
+        deadlines.push((start, key(0)), 1, is_over);
+        for index in 1..4000 {
+            deadlines.push((start + Duration::from_secs(index), key(index as u32)), 1, is_over);
+            deadlines.push((start - Duration::from_secs(1), key(index as u32)), 1, is_over);
+            assert!(deadlines.queue.len() + deadlines.others.len() <= 2 + 1024 + 1);
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::batch::Batch;
-use crate::correlation::{CallKind, ClientCore, Outgoing};
+use crate::correlation::{CallKind, ClientCore, Outgoing, Queued};
 use crate::error::SessionError;
 use crate::events::{EventBus, ServiceEvent};
 use crate::in_flight::{LastWords, Shared, Slot, SlotRoute};
@@ -35,8 +35,8 @@ use crate::retry::{Attempt, Retrial, RetryQueue};
 use crate::route::{Counter, HandlerRef, RouteTable};
 use crate::settlement::{FailurePolicy, Settles};
 use crate::transport::{
-    Delivery, Inbound, Outbound, PatternKey, Session, SessionReader, SessionWriter, Settlement, Taken,
-    TransportInfo, WriteError,
+    Delivery, Inbound, Outbound, PacketId, PatternKey, Session, SessionReader, SessionWriter, Settlement,
+    Taken, TransportInfo, WriteError,
 };
 
 /// Bounds of one session.
@@ -198,6 +198,8 @@ struct Loop<S: Session> {
     outgoing: Outgoing,
     replies: Vec<ResponsePacket>,
     short_replies: Vec<ShortReply>,
+    /// Events that the broker has confirmed, or refused.
+    confirmed: Vec<(PacketId, Option<String>)>,
     /// Abandoned: until when closing may take.
     close_by: Option<Pin<Box<tokio::time::Sleep>>>,
 }
@@ -249,6 +251,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         outgoing: Outgoing::default(),
         replies: Vec::new(),
         short_replies: Vec::new(),
+        confirmed: Vec::new(),
         close_by: None,
         env,
     };
@@ -472,30 +475,30 @@ impl<S: Session> Loop<S> {
             let mut ended = Ok(());
             while ended.is_ok()
                 && room(&self.writer)
-                && let Some(queued) = out.calls.pop_front()
+                && let Some(Queued { key, kind, live, message }) = out.calls.pop_front()
             {
-                if !queued.live {
+                if !live {
                     continue;
                 }
-                let taken = match queued.kind {
-                    CallKind::Event => {
-                        self.writer.write_event(queued.message, client.id(queued.key)).map(Some)
-                    }
-                    _ => self.writer.write(Outbound::Request(queued.message)).map(|()| None),
+                let id = client.id(key);
+                let taken = match kind {
+                    CallKind::Event => self.writer.write_event(message, id).map(Some),
+                    _ => self.writer.write_request(message, id).map(|()| None),
                 };
                 match taken {
-                    Ok(Some(Taken::Written)) => out.written.push(queued.key),
-                    Ok(Some(Taken::Confirming)) => client.confirming(queued.key, false),
-                    Ok(Some(Taken::Carried)) => client.confirming(queued.key, true),
+                    Ok(Some(Taken::Written)) => out.written.push(key),
+                    Ok(Some(Taken::Confirming)) => out.confirming.push((key, false)),
+                    Ok(Some(Taken::Carried)) => out.confirming.push((key, true)),
                     Ok(None) => {}
-                    Err(WriteError::Item(reason)) => client.refused(queued.key, reason),
+                    Err(WriteError::Item(reason)) => client.refused(key, reason),
                     Err(WriteError::Session(error)) => {
-                        client.lost(queued.key, &error);
+                        client.lost(key, &error);
                         ended = Err(error);
                     }
                 }
             }
             client.written(&mut out.written);
+            client.confirming(&mut out.confirming);
             if !out.calls.is_empty() {
                 client.put_back(&mut out.calls);
             }
@@ -510,6 +513,7 @@ impl<S: Session> Loop<S> {
         if let Some(client) = &self.env.client {
             client.on_responses(&mut self.replies);
             client.on_short_replies(&mut self.short_replies);
+            client.confirmed(&mut self.confirmed);
         }
     }
 
@@ -619,6 +623,8 @@ impl<S: Session> Loop<S> {
                     self.send_replies();
                 }
                 self.short_replies.push(reply);
+                let room = READ_BUDGET.saturating_sub(self.short_replies.len());
+                self.reader.take_replies(&mut self.short_replies, room);
                 Ok(())
             }
             Inbound::Unreachable { id } => {
@@ -629,9 +635,7 @@ impl<S: Session> Loop<S> {
                 Ok(())
             }
             Inbound::Confirmed { receipt, refused } => {
-                if let Some(client) = &self.env.client {
-                    client.confirmed(receipt, refused);
-                }
+                self.confirmed.push((receipt, refused));
                 Ok(())
             }
             Inbound::Cancel { id } => {

@@ -106,7 +106,12 @@ thread_local! {
 impl Ambient {
     /// That of the handler that is running on this thread now, if any.
     pub fn current() -> Option<Self> {
-        CURRENT.with_borrow(Clone::clone)
+        Self::map_current(Clone::clone)
+    }
+
+    /// As [`current`](Self::current), without a copy.
+    pub(crate) fn map_current<T>(map: impl FnOnce(&Self) -> T) -> Option<T> {
+        CURRENT.with_borrow(|current| current.as_ref().map(map))
     }
 
     /// Runs `work` inside it.

@@ -194,8 +194,8 @@ martlet_core::transport_options! {
             (impl Into<Option<Duration>>) |timeout| timeout.into();
         /// Whether a call's deadline travels as a header even where there is no other header. A service of Martlet
         /// reads it from the packet's metadata; the header is for what reads headers only. A message with headers
-        /// costs both ends and the broker more, by about a third of a call's time here. Default true.
-        "deadlineHeader" deadline_header: bool = true, (bool) |header| header;
+        /// costs both ends and the broker more, by about a third of a call's time here. Default false.
+        "deadlineHeader" deadline_header: bool = false, (bool) |header| header;
     } from code {
         /// The client's other settings. Its `timeout`, `reconnect`, `reconnect_attempts`, `retry_delay` and
         /// `connect_timeout` are taken from the options above.

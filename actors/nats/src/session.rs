@@ -334,7 +334,12 @@ impl std::fmt::Debug for NatsWriter {
 }
 
 impl NatsWriter {
-    fn message(&mut self, message: &mut OutboundMessage, reply: Option<Subject>) -> Result<(), WireError> {
+    fn message(
+        &mut self,
+        message: &mut OutboundMessage,
+        id: Option<&PacketId>,
+        reply: Option<Subject>,
+    ) -> Result<(), WireError> {
         let (fixed, limit) = (&self.link.settings.headers, self.max_header_bytes);
         let deadline_header = self.link.settings.deadline_header;
         let codec = &*self.link.settings.codec;
@@ -350,13 +355,13 @@ impl NatsWriter {
                 _ => wire::UsualCall::new(timeout, limit, deadline_header)?,
             };
             let usual = self.usual.insert(usual);
-            body = wire::encode_request(codec, message, Some(&usual.metadata), &mut self.buffer)?;
+            body = wire::encode_request(codec, message, id, Some(&usual.metadata), &mut self.buffer)?;
             (size, headers) = (usual.header_bytes, usual.headers.clone());
         } else {
             message.put_timeout();
             headers = wire::headers_for(&message.headers, fixed, &message.metadata, limit, deadline_header)?;
             let metadata = Some(&message.metadata).filter(|metadata| !metadata.is_empty());
-            body = wire::encode_request(codec, message, metadata, &mut self.buffer)?;
+            body = wire::encode_request(codec, message, id, metadata, &mut self.buffer)?;
             size = headers.as_ref().map_or(0, wire::header_bytes);
         }
         wire::check_size(size + body.len(), self.link.client.max_payload())?;
@@ -406,14 +411,10 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
     fn write(&mut self, item: Outbound<NatsReplyTo>) -> Result<(), WriteError> {
         let refused = |error: WireError| WriteError::Item(Arc::new(error));
         match item {
-            Outbound::Request(mut message) => {
-                // Always present on requests.
-                let Some(id) = message.id else { return Ok(()) };
-                let reply = wire::reply_subject(&self.link.inbox, &id, &mut self.buffer);
-                self.message(&mut message, Some(reply)).map_err(refused)
-            }
+            // It always has one.
+            Outbound::Request(message) => message.id.map_or(Ok(()), |id| self.write_request(message, id)),
             // NATS-3.
-            Outbound::Event(mut message) => self.message(&mut message, None).map_err(refused),
+            Outbound::Event(mut message) => self.message(&mut message, None, None).map_err(refused),
             Outbound::Response { reply_to, id, body, headers } => {
                 if let Some((endpoint, since)) = reply_to.watched
                     && let Some(service) = &self.link.settings.service
@@ -464,6 +465,11 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
             // It acknowledges nothing, so nothing else is ever asked of it.
             _ => Ok(()),
         }
+    }
+
+    fn write_request(&mut self, mut message: OutboundMessage, id: PacketId) -> Result<(), WriteError> {
+        let reply = wire::reply_subject(&self.link.inbox, &id, &mut self.buffer);
+        self.message(&mut message, Some(&id), Some(reply)).map_err(|error| WriteError::Item(Arc::new(error)))
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {

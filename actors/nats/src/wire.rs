@@ -105,6 +105,7 @@ fn refill(out: &mut BytesMut) {
 pub(crate) fn encode_request(
     codec: &dyn Codec,
     message: &OutboundMessage,
+    id: Option<&PacketId>,
     metadata: Option<&Metadata>,
     out: &mut BytesMut,
 ) -> Result<Bytes, WireError> {
@@ -115,7 +116,7 @@ pub(crate) fn encode_request(
         id: None,
         metadata,
     };
-    let written = match &message.id {
+    let written = match id {
         Some(id) => codec.encode_call(&packet, id, out),
         None => codec.encode_request(&packet, out),
     };

@@ -53,7 +53,9 @@ fn requests_and_events_of_nestjs_are_read_and_written_byte_for_byte() {
             timeout: None,
         };
         let metadata = Some(&message.metadata).filter(|metadata| !metadata.is_empty());
-        let written = encode_request(&JsonCodec, &message, metadata, &mut BytesMut::new()).unwrap();
+        let written =
+            encode_request(&JsonCodec, &message, message.id.as_ref(), metadata, &mut BytesMut::new())
+                .unwrap();
         assert_eq!(text(&written), text(&body), "{name}");
     }
 }

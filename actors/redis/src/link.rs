@@ -56,6 +56,8 @@ pub(crate) struct Link {
     pub(crate) replies: RefCell<ReplyChannels>,
     /// What is to be read before the next message.
     pub(crate) side: RefCell<VecDeque<Inbound<RedisReplyTo>>>,
+    /// Events that the broker has taken, or refused: why.
+    pub(crate) confirmed: RefCell<VecDeque<(PacketId, Option<String>)>>,
     ticker: RefCell<Option<Interval>>,
     asked_ping: Cell<bool>,
     /// The broker has done everything that was asked of it before a drain.
@@ -87,6 +89,7 @@ impl Link {
             publisher: RefCell::new(publisher),
             replies: RefCell::new(ReplyChannels::new(limit)),
             side: RefCell::new(VecDeque::new()),
+            confirmed: RefCell::default(),
             ticker: RefCell::new(ticker),
             asked_ping: Cell::new(false),
             probed: Cell::new(false),
@@ -276,7 +279,7 @@ impl Link {
                     Outcome::Refused(text) => Some(format!("the broker refused the event: {text}")),
                     Outcome::Receivers(_) => None,
                 };
-                self.side.borrow_mut().push_back(Inbound::Confirmed { receipt, refused });
+                self.confirmed.borrow_mut().push_back((receipt, refused));
             }
             (_, Outcome::Refused(text)) => {
                 let reason = format!("the broker refused a message: {text}");
@@ -284,7 +287,7 @@ impl Link {
             }
             (_, Outcome::Receivers(_)) => {}
         });
-        if !self.side.borrow().is_empty() {
+        if !self.side.borrow().is_empty() || !self.confirmed.borrow().is_empty() {
             cx.waker().wake_by_ref();
         }
         flushed

@@ -90,6 +90,9 @@ impl std::fmt::Debug for RedisReader {
 impl RedisReader {
     /// The next thing to read, if there is one.
     fn next(&self) -> Option<Inbound<RedisReplyTo>> {
+        if let Some((receipt, refused)) = self.link.confirmed.borrow_mut().pop_front() {
+            return Some(Inbound::Confirmed { receipt, refused });
+        }
         if let Some(inbound) = self.link.side.borrow_mut().pop_front() {
             return Some(inbound);
         }
@@ -204,7 +207,8 @@ impl SessionReader<RedisReplyTo> for RedisReader {
             self.link.poll_turn(cx)?;
             let nothing = self.link.subscriber.borrow().is_empty()
                 && self.link.subscriber.borrow().reports.is_empty()
-                && self.link.side.borrow().is_empty();
+                && self.link.side.borrow().is_empty()
+                && self.link.confirmed.borrow().is_empty();
             if !nothing {
                 continue;
             }
@@ -236,13 +240,18 @@ impl std::fmt::Debug for RedisWriter {
 }
 
 impl RedisWriter {
-    fn message(&mut self, mut message: OutboundMessage, note: Note) -> Result<(), WireError> {
+    fn message(
+        &mut self,
+        message: &mut OutboundMessage,
+        id: Option<PacketId>,
+        note: Note,
+    ) -> Result<(), WireError> {
         message.put_timeout();
         let settings = &self.link.settings;
         let limit = settings.common.max_payload_bytes;
-        wire::encode_request(&*settings.codec, &message, limit, &mut self.scratch)?;
+        wire::encode_request(&*settings.codec, message, id.as_ref(), limit, &mut self.scratch)?;
         let route = message.pattern.route();
-        match message.id {
+        match id {
             Some(id) => self.link.request(id, route, &self.scratch),
             None => self.link.publisher.borrow_mut().publish(route.as_bytes(), &self.scratch, note),
         }
@@ -274,7 +283,10 @@ impl RedisWriter {
 
     fn put(&mut self, item: Outbound<RedisReplyTo>) -> Result<(), WireError> {
         match item {
-            Outbound::Request(message) | Outbound::Event(message) => self.message(message, Note::Plain),
+            Outbound::Request(mut message) | Outbound::Event(mut message) => {
+                let id = message.id;
+                self.message(&mut message, id, Note::Plain)
+            }
             Outbound::Response { reply_to, id, body, headers: _ } => {
                 self.response(&reply_to.channel, id, &body)
             }
@@ -309,9 +321,14 @@ impl SessionWriter<RedisReplyTo> for RedisWriter {
         self.written(result)
     }
 
+    fn write_request(&mut self, mut message: OutboundMessage, id: PacketId) -> Result<(), WriteError> {
+        let result = self.message(&mut message, Some(id), Note::Plain);
+        self.written(result)
+    }
+
     // REDIS-2.
-    fn write_event(&mut self, message: OutboundMessage, receipt: PacketId) -> Result<Taken, WriteError> {
-        let result = self.message(message, Note::Event(receipt));
+    fn write_event(&mut self, mut message: OutboundMessage, receipt: PacketId) -> Result<Taken, WriteError> {
+        let result = self.message(&mut message, None, Note::Event(receipt));
         self.written(result).map(|()| Taken::Confirming)
     }
 

@@ -74,16 +74,20 @@ pub(crate) fn is_cancel_channel(channel: &[u8]) -> bool {
 pub(crate) fn encode_request(
     codec: &dyn Codec,
     message: &OutboundMessage,
+    id: Option<&PacketId>,
     limit: usize,
     out: &mut BytesMut,
 ) -> Result<(), WireError> {
     let packet = OutgoingPacket {
         pattern: PatternText::Given(&message.pattern),
         data: Some(&message.data),
-        id: message.id.as_ref().map(PacketId::as_str),
+        id: None,
         metadata: Some(&message.metadata).filter(|metadata| !metadata.is_empty()),
     };
-    codec.encode_request(&packet, out)?;
+    match id {
+        Some(id) => codec.encode_call(&packet, id, out)?,
+        None => codec.encode_request(&packet, out)?,
+    }
     check_size(out.len(), limit)
 }
 

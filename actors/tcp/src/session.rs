@@ -23,8 +23,8 @@ use martlet_core::codec::{Codec, CodecError};
 use martlet_core::packet::{OutgoingPacket, PatternText, ResponseBody, ShortReply};
 use martlet_core::request::{PEER_KEY, TIMEOUT_KEY};
 use martlet_core::transport::{
-    ContextData, Delivery, Inbound, Outbound, OutboundMessage, PatternKey, Role, Session, SessionReader,
-    SessionWriter, WriteError,
+    ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Role, Session,
+    SessionReader, SessionWriter, WriteError,
 };
 use martlet_core::{Format, Metadata, Payload, Route, SessionError};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -289,6 +289,13 @@ impl SessionReader<()> for TcpReader {
         }
     }
 
+    fn take_replies(&mut self, replies: &mut Vec<ShortReply>, max: usize) {
+        for _ in 0..max {
+            let Some(reply) = self.short_reply() else { return };
+            replies.push(reply);
+        }
+    }
+
     fn drain(&mut self) {
         self.draining.get_or_insert(DRAIN_INTAKE);
     }
@@ -503,43 +510,47 @@ enum EncodePacketError {
     Frame(#[from] FrameError),
 }
 
+fn put_frame(
+    codec: &dyn Codec,
+    framing: &dyn Framing,
+    out: &mut BytesMut,
+    hint: usize,
+    write: impl FnOnce(&dyn Codec, &mut BytesMut) -> Result<(), CodecError>,
+) -> Result<(), WriteError> {
+    encode_with(framing, out, hint, |out| write(codec, out).map_err(EncodePacketError::from))
+        .map_err(|error| WriteError::Item(Arc::new(error)))
+}
+
 impl TcpWriter {
     fn frame(
         &mut self,
         hint: usize,
         write: impl FnOnce(&dyn Codec, &mut BytesMut) -> Result<(), CodecError>,
     ) -> Result<(), WriteError> {
-        let (codec, framing) = (&*self.codec, &*self.framing);
-        encode_with(framing, &mut self.out, hint, |out| write(codec, out).map_err(EncodePacketError::from))
-            .map_err(|error| WriteError::Item(Arc::new(error)))
+        put_frame(&*self.codec, &*self.framing, &mut self.out, hint, write)
     }
 
-    fn message(&mut self, mut message: OutboundMessage) -> Result<(), WriteError> {
+    fn message(&mut self, message: &mut OutboundMessage, id: Option<&PacketId>) -> Result<(), WriteError> {
         // TCP-26: looks for a Martlet peer, once.
-        let announce = message.id.is_some() && !std::mem::replace(&mut self.announced, true);
+        let announce = id.is_some() && !std::mem::replace(&mut self.announced, true);
         if announce {
             message.metadata.insert(PEER_KEY, "1");
         }
-        let Some(timeout) = message.timeout.filter(|_| message.metadata.is_empty()) else {
-            message.put_timeout();
-            let metadata = Some(&message.metadata).filter(|metadata| !metadata.is_empty());
-            return self.packet(&message, metadata);
-        };
-        // Most calls carry the client's own timeout and nothing else: it is put in words once.
-        let usual = match self.usual_metadata.take() {
-            Some(usual) if usual.0 == timeout => usual,
-            _ => {
-                let mut metadata = Metadata::from_iter([(TIMEOUT_KEY, timeout.as_millis().to_string())]);
-                metadata.keep_json();
-                (timeout, metadata)
+        let metadata = match message.timeout.filter(|_| message.metadata.is_empty()) {
+            None => {
+                message.put_timeout();
+                Some(&message.metadata).filter(|metadata| !metadata.is_empty())
             }
+            // Most calls carry the client's own timeout and nothing else: it is put in words once.
+            Some(timeout) => match &mut self.usual_metadata {
+                Some((usual, metadata)) if *usual == timeout => Some(&*metadata),
+                other => {
+                    let mut metadata = Metadata::from_iter([(TIMEOUT_KEY, timeout.as_millis().to_string())]);
+                    metadata.keep_json();
+                    Some(&other.insert((timeout, metadata)).1)
+                }
+            },
         };
-        let written = self.packet(&message, Some(&usual.1));
-        self.usual_metadata = Some(usual);
-        written
-    }
-
-    fn packet(&mut self, message: &OutboundMessage, metadata: Option<&Metadata>) -> Result<(), WriteError> {
         // What the members' names and the id take in JSON.
         let mut hint = message.data.bytes().len() + message.pattern.text().len() + 49;
         if let Some(metadata) = metadata {
@@ -547,7 +558,7 @@ impl TcpWriter {
         }
         let packet = OutgoingPacket {
             // TCP-10: events carry the route, requests the pattern as given.
-            pattern: match &message.id {
+            pattern: match id {
                 Some(_) => PatternText::Given(&message.pattern),
                 None => PatternText::Route(message.pattern.route()),
             },
@@ -555,10 +566,22 @@ impl TcpWriter {
             id: None,
             metadata,
         };
-        self.frame(hint, |codec, out| match &message.id {
+        put_frame(&*self.codec, &*self.framing, &mut self.out, hint, |codec, out| match id {
             Some(id) => codec.encode_call(&packet, id, out),
             None => codec.encode_request(&packet, out),
         })
+    }
+
+    /// TCP-9.
+    fn check_buffer(&self) -> Result<(), WriteError> {
+        if self.max_send_buffer_size > 0 && self.out.len() > self.max_send_buffer_size {
+            return Err(WriteError::Session(SessionError::protocol(format!(
+                "maxSendBufferSize: {} bytes wait for a peer that does not read, the limit is {}",
+                self.out.len(),
+                self.max_send_buffer_size
+            ))));
+        }
+        Ok(())
     }
 
     fn cancel(&mut self, id: &str) -> Result<(), WriteError> {
@@ -592,7 +615,10 @@ impl SessionWriter<()> for TcpWriter {
                 };
                 self.frame(hint, |codec, out| codec.encode_response(Some(&id), &body, None, out))?;
             }
-            Outbound::Request(message) | Outbound::Event(message) => self.message(message)?,
+            Outbound::Request(mut message) | Outbound::Event(mut message) => {
+                let id = message.id;
+                self.message(&mut message, id.as_ref())?;
+            }
             Outbound::Cancel { id, .. } if self.extensions.peer_cancels.get() => self.cancel(id.as_str())?,
             Outbound::Cancel { id, .. }
                 if self.announced && !self.extensions.peer_answered.get() && self.early.len() < MAX_EARLY =>
@@ -602,15 +628,12 @@ impl SessionWriter<()> for TcpWriter {
             // TCP-23: a connection needs no subscriptions; a NestJS peer is told nothing it does not know.
             _ => {}
         }
-        // TCP-9.
-        if self.max_send_buffer_size > 0 && self.out.len() > self.max_send_buffer_size {
-            return Err(WriteError::Session(SessionError::protocol(format!(
-                "maxSendBufferSize: {} bytes wait for a peer that does not read, the limit is {}",
-                self.out.len(),
-                self.max_send_buffer_size
-            ))));
-        }
-        Ok(())
+        self.check_buffer()
+    }
+
+    fn write_request(&mut self, mut message: OutboundMessage, id: PacketId) -> Result<(), WriteError> {
+        self.message(&mut message, Some(&id))?;
+        self.check_buffer()
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {

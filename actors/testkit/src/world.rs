@@ -67,7 +67,11 @@ impl Memory {
 }
 
 /// What the process has in memory, in bytes: all tests that run in it.
-fn resident() -> u64 {
+///
+/// # Panics
+///
+/// Where there is no `/proc`.
+pub fn resident() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
     statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }
@@ -171,10 +175,4 @@ pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {
         assert!(begin.elapsed() < Duration::from_secs(10), "waited in vain until {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-}
-
-/// What this process has in memory, in bytes. Linux alone says so; elsewhere it is zero.
-pub fn resident() -> u64 {
-    let pages = |statm: String| statm.split(' ').nth(1)?.parse::<u64>().ok();
-    std::fs::read_to_string("/proc/self/statm").ok().and_then(pages).unwrap_or_default() * 4096
 }

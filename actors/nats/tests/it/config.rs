@@ -24,11 +24,11 @@ fn options_have_nestjs_names() {
     assert_eq!(options.services_discovery.unwrap().version, "1.0.0");
     let options: NatsClientOptions = serde_json::from_value(json!({
         "servers": ["nats://a"], "headers": {"x-version": "1.0", "x-m": ["1", "2"]}, "callTimeout": null,
-        "deadlineHeader": false,
+        "deadlineHeader": true,
     }))
     .unwrap();
     assert_eq!(options.headers.get_all("x-m").collect::<Vec<_>>(), ["1", "2"]);
-    assert_eq!((options.call_timeout, options.deadline_header), (None, false));
+    assert_eq!((options.call_timeout, options.deadline_header), (None, true));
     assert_eq!(options.client.max_pending, 65_536);
 }
 
@@ -41,6 +41,7 @@ fn the_defaults_are_those_of_the_driver_of_nestjs() {
     assert_eq!(options.reconnect_jitter, Duration::from_millis(100));
     assert_eq!(options.ping_interval, Duration::from_secs(120));
     assert_eq!(options.inbox_prefix, "_INBOX");
+    assert!(!NatsClientOptions::new().deadline_header);
 }
 
 #[test]

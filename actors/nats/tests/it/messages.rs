@@ -12,7 +12,7 @@ use martlet_core::trace::TraceContext;
 use martlet_core::{
     CallError, Ctx, Data, Deadline, HandlerGroup, Metadata, Record, RpcError, event, message,
 };
-use martlet_nats::{NatsContext, NatsRecordBuilder};
+use martlet_nats::{NatsClient, NatsClientOptions, NatsContext, NatsRecordBuilder};
 
 use crate::broker::Broker;
 use crate::world::{GRACE, client, client_options, serve, server_options, sum, until};
@@ -231,6 +231,40 @@ async fn deadline_and_trace_travel_as_metadata_and_as_headers() {
     }
     assert_eq!((header("own"), metadata("own").as_deref()), (None, Some("1")));
     client.close().await;
+}
+
+/// The headers and the packet of a call that has a deadline and nothing else.
+async fn plain_call(
+    options: impl FnOnce(NatsClientOptions) -> NatsClientOptions,
+) -> (bool, serde_json::Value) {
+    let broker = Broker::start();
+    let raw = async_nats::connect(broker.url()).await.unwrap();
+    let mut requests = raw.subscribe("seen").await.unwrap();
+    raw.flush().await.unwrap();
+    let client = NatsClient::new(options(client_options(&broker)));
+    let call = client.send::<u32>("seen", 1).timeout(Duration::from_secs(7));
+    let answer = async {
+        let request = requests.next().await.unwrap();
+        let reply = request.reply.clone().unwrap();
+        raw.publish(reply, r#"{"response":1,"isDisposed":true}"#.into()).await.unwrap();
+        let header = request.headers.as_ref().and_then(|headers| headers.get(TIMEOUT_KEY));
+        assert!(header.is_none_or(|value| value.as_str() == "7000"));
+        (header.is_some(), serde_json::from_slice(&request.payload).unwrap())
+    };
+    let (reply, seen) = futures::join!(call, answer);
+    assert_eq!(reply.unwrap(), 1);
+    client.close().await;
+    seen
+}
+
+#[actix::test]
+async fn a_deadline_alone_makes_a_header_only_where_it_is_wanted() {
+    let (plain, wanted) =
+        (plain_call(|options| options).await, plain_call(|options| options.deadline_header(true)).await);
+    assert_eq!((plain.0, wanted.0), (false, true));
+    for packet in [plain.1, wanted.1] {
+        assert_eq!(packet["metadata"][TIMEOUT_KEY], "7000");
+    }
 }
 
 #[actix::test]

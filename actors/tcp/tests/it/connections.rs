@@ -11,7 +11,7 @@ use martlet_tcp::{LengthDelimited, TcpClient, TcpClientOptions, TcpServer, TcpSe
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
-use crate::support::{Service, within};
+use crate::support::{Raw, Service, frame, within};
 
 #[actix::test]
 async fn a_refused_connection_is_not_sent() {
@@ -83,6 +83,51 @@ async fn a_close_fails_everything_pending_at_once() {
     };
     let (answer, _socket) = futures::join!(client.send::<i64>("sum", [1]), answering);
     assert_eq!(answer.unwrap(), 7);
+    client.close().await;
+}
+
+/// Short replies are taken many at a time: they overtake nothing, least of all within a stream.
+#[actix::test]
+async fn replies_that_arrive_together_reach_their_calls_in_their_order() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = TcpClient::connect_to("127.0.0.1", listener.local_addr().unwrap().port());
+    let long = "a long text that shares the frame ".repeat(3);
+    let stream = client.send::<String>("stream", 0).stream().collect_all();
+    let calls = futures::future::join_all((0..300).map(|number| client.send::<String>("call", number)));
+    let answering = async {
+        let (socket, _) = listener.accept().await.unwrap();
+        let mut peer = Raw(socket);
+        let (mut replies, mut of_stream) = (String::new(), String::new());
+        for _ in 0..301 {
+            let request: serde_json::Value = serde_json::from_str(&peer.frame().await).unwrap();
+            let id = &request["id"];
+            let number = &request["data"];
+            if request["pattern"] == "stream" {
+                of_stream = id.to_string();
+                continue;
+            }
+            if number.as_u64().unwrap().is_multiple_of(50) {
+                replies += &frame(&format!(r#"{{"response":"item {number}","id":{of_stream}}}"#));
+            }
+            let value = if number.as_u64().unwrap().is_multiple_of(3) {
+                format!("{long}{number}")
+            } else {
+                number.to_string()
+            };
+            replies += &frame(&format!(r#"{{"response":"{value}","isDisposed":true,"id":{id}}}"#));
+        }
+        replies += &frame(&format!(r#"{{"response":"last","isDisposed":true,"id":{of_stream}}}"#));
+        peer.send(&replies).await;
+        peer
+    };
+    let (items, answers, _peer) = within(async { futures::join!(stream, calls, answering) }).await.unwrap();
+    let expected = ["item 0", "item 50", "item 100", "item 150", "item 200", "item 250", "last"];
+    assert_eq!(items.unwrap(), expected);
+    for (number, answer) in answers.into_iter().enumerate() {
+        let expected = if number % 3 == 0 { format!("{long}{number}") } else { number.to_string() };
+        assert_eq!(answer.unwrap(), expected);
+    }
+    assert_eq!((client.pending(), client.occupied(), client.late_replies()), (0, 0, 0));
     client.close().await;
 }
 

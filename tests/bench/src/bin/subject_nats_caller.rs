@@ -25,18 +25,17 @@ struct Options {
     /// Send no deadline with the calls, as the baseline does.
     #[arg(long)]
     no_deadline: bool,
-    /// Send the deadline in the packet alone, not as a header too.
+    /// Send the deadline as a header too, not in the packet alone.
     #[arg(long)]
-    no_deadline_header: bool,
+    deadline_header: bool,
     #[command(flatten)]
     measure: Measure,
 }
 
 fn main() -> Result<()> {
-    let Options { nats, depth, no_deadline, no_deadline_header, measure } = Options::parse();
+    let Options { nats, depth, no_deadline, deadline_header, measure } = Options::parse();
     actix_rt::System::new().block_on(async {
-        let mut options =
-            NatsClientOptions::new().servers([nats.clone()]).deadline_header(!no_deadline_header);
+        let mut options = NatsClientOptions::new().servers([nats.clone()]).deadline_header(deadline_header);
         options.client.propagate = !no_deadline;
         let client = NatsClient::new(options);
         client.connect().await?;
