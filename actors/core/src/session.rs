@@ -24,7 +24,7 @@ use crate::batch::Batch;
 use crate::correlation::{CallKind, ClientCore, Outgoing, Queued};
 use crate::error::SessionError;
 use crate::events::{EventBus, ServiceEvent};
-use crate::in_flight::{LastWords, Shared, Slot, SlotRoute};
+use crate::in_flight::{End, LastWords, Shared, Slot, SlotRoute};
 use crate::packet::{Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::Route;
 use crate::payload::Format;
@@ -33,7 +33,7 @@ use crate::request::{MessageKind, Parts, Request, Scope, ServerScope, TIMEOUT_KE
 use crate::responder::{ChainSink, ReplySink, RequestKey, Responder};
 use crate::retry::{Attempt, Retrial, RetryQueue};
 use crate::route::{Counter, HandlerRef, RouteTable};
-use crate::settlement::{FailurePolicy, Settles};
+use crate::settlement::FailurePolicy;
 use crate::transport::{
     Delivery, Inbound, Outbound, PacketId, PatternKey, Session, SessionReader, SessionWriter, Settlement,
     Taken, TransportInfo, WriteError,
@@ -591,6 +591,10 @@ impl<S: Session> Loop<S> {
             }
             match self.reader.poll_next(cx) {
                 Poll::Pending => return Ok(Poll::Pending),
+                // Most of what arrives, taken out of its wrappings at once.
+                Poll::Ready(Some(Ok(Inbound::Request(delivery)))) => {
+                    self.dispatch(MessageKind::Request, delivery)?;
+                }
                 Poll::Ready(Some(item)) => self.take(item?)?,
                 Poll::Ready(None) => {
                     self.reading = false;
@@ -726,7 +730,8 @@ impl<S: Session> Loop<S> {
         let Delivery { key, data, metadata, id, reply_to, context } = delivery;
         let deadline = metadata.as_ref().and_then(deadline_of);
         let route = entry.index;
-        let parts = Parts {
+        // In its box at once: it is large, and moved on from here.
+        let mut request = Request::new(Parts {
             scope: Arc::clone(scope),
             route,
             kind,
@@ -740,83 +745,119 @@ impl<S: Session> Loop<S> {
             deadline,
             slot: RequestKey::NONE,
             extensions: None,
-        };
+        });
+        self.env.control.admitted.add(1);
+        if let ([only], Some(replica), false) = (chain, self.turn.here(), self.shared.settles) {
+            // The usual case, in which a request that is done at once needs no slot, and its answer nothing but its id.
+            let (replica, endpoint) = (Rc::clone(replica), only.endpoint);
+            let key = self.shared.begin_call();
+            request.0.slot = key;
+            return match replica.begin(endpoint, request) {
+                Begun::Ended(End { body, headers, .. }) => {
+                    self.done_in_place();
+                    match kind {
+                        MessageKind::Event => Ok(()),
+                        MessageKind::Request => {
+                            let id = id.unwrap_or_default();
+                            self.write(Outbound::Response { reply_to, id, body, headers })
+                        }
+                    }
+                }
+                begun => {
+                    let slot = Slot::new(kind, reply_to, id.unwrap_or_default(), route, 1);
+                    self.admit(&replica, endpoint, begun, key, slot);
+                    Ok(())
+                }
+            };
+        }
         let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };
         let mut slot = Slot::new(kind, reply_to, id.unwrap_or_default(), route, handlers);
-        if let Settles::Results { .. } = self.env.transport.settles {
+        if self.shared.settles {
             let policy = chain.iter().find_map(|handler| handler.info.on_failure);
             if let Some(policy) = policy.or(self.env.limits.on_failure) {
                 let retrial = match &policy {
                     FailurePolicy::Retry(policy) => {
-                        Some(Box::new(Retrial::new(policy, parts.clone(), chain.to_vec())))
+                        Some(Box::new(Retrial::new(policy, Parts::clone(&request.0), chain.to_vec())))
                     }
                     _ => None,
                 };
                 slot.on_failure(policy.last_resort(), retrial);
             }
         }
-        self.env.control.admitted.add(1);
         match chain {
             [only] => {
                 if let Some(replica) = self.turn.here() {
                     let (replica, endpoint) = (Rc::clone(replica), only.endpoint);
-                    return self.call(&replica, endpoint, parts, slot);
+                    return self.call_and_settle(&replica, endpoint, request, slot);
                 }
-                self.turn.push(only, parts, slot);
+                self.turn.push(only, *request.0, slot);
             }
             chain => {
                 let chain = chain.to_vec();
                 let key = self.shared.next_key();
                 self.shared.inner.lock().slots.insert(key, slot);
-                self.invoke_all(&chain, key, Parts { slot: key, ..parts });
+                request.0.slot = key;
+                self.invoke_all(&chain, key, *request.0);
             }
         }
         Ok(())
     }
 
-    /// Calls a handler on this arbiter. Its request is given a slot only if it is not done at once.
-    fn call(
+    /// Calls a handler on this arbiter, and settles the delivery if it is done at once.
+    fn call_and_settle(
         &mut self,
         replica: &Rc<Replica>,
         endpoint: u32,
-        mut parts: Parts,
+        mut request: Request,
         mut slot: Slot<S::ReplyTo>,
     ) -> Result<(), SessionError> {
         let key = self.shared.begin_call();
-        parts.slot = key;
-        let responder = |this: &Self| Responder::new(Arc::clone(&this.sink), key, this.env.transport.format);
-        match replica.begin(endpoint, Request::new(parts)) {
-            Begun::Ended(end) => {
-                slot.ended(0, end.failed);
-                if slot.wants_retry() {
-                    self.shared.admit_called(key, slot);
-                    self.plan_retries(vec![key]);
-                    // The pause is waited for from the next turn on.
-                    self.env.control.wake();
-                    return Ok(());
-                }
-                self.shared.end_call();
-                self.env.control.admitted.add(-1);
-                self.env.control.done_in_place.add(1);
-                let LastWords { response, settle } = slot.close(end, self.shared.settles, false);
-                // The answer, then the acknowledgement.
-                if let Some(response) = response {
-                    self.write(response)?;
-                }
-                if let Some(settle) = settle {
-                    self.write(settle)?;
-                }
-            }
-            Begun::Unfinished(rest) => {
-                self.shared.admit_called(key, slot);
-                replica.go_on(endpoint, *rest, responder(self));
-            }
-            Begun::MustWait(request) => {
-                self.shared.admit_called(key, slot);
-                replica.wait(endpoint, request, responder(self));
-            }
+        request.0.slot = key;
+        let begun = replica.begin(endpoint, request);
+        let Begun::Ended(end) = begun else {
+            self.admit(replica, endpoint, begun, key, slot);
+            return Ok(());
+        };
+        slot.ended(0, end.failed);
+        if slot.wants_retry() {
+            self.shared.admit_called(key, slot);
+            self.plan_retries(vec![key]);
+            // The pause is waited for from the next turn on.
+            self.env.control.wake();
+            return Ok(());
         }
-        Ok(())
+        self.done_in_place();
+        let LastWords { response, settle } = slot.close(end, true, false);
+        // The answer, then the acknowledgement.
+        if let Some(response) = response {
+            self.write(response)?;
+        }
+        settle.map_or(Ok(()), |settle| self.write(settle))
+    }
+
+    /// Counts a request that needed no slot.
+    fn done_in_place(&self) {
+        self.shared.end_call();
+        self.env.control.admitted.add(-1);
+        self.env.control.done_in_place.add(1);
+    }
+
+    /// Gives a request that was called in place and is not done its slot.
+    fn admit(
+        &mut self,
+        replica: &Rc<Replica>,
+        endpoint: u32,
+        begun: Begun,
+        key: RequestKey,
+        slot: Slot<S::ReplyTo>,
+    ) {
+        self.shared.admit_called(key, slot);
+        let responder = Responder::new(Arc::clone(&self.sink), key, self.env.transport.format);
+        match begun {
+            Begun::Ended(End { body, headers, failed }) => responder.finish(body, headers, failed),
+            Begun::Unfinished(rest) => replica.go_on(endpoint, *rest, responder),
+            Begun::MustWait(request) => replica.wait(endpoint, request, responder),
+        }
     }
 
     /// Hands a request that has its slot to each of several handlers.
