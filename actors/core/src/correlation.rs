@@ -333,7 +333,9 @@ impl ClientCore {
                 && queued.live
             {
                 entry.sent = false;
-                entry.attempts = entry.attempts.saturating_sub(1);
+                if entry.kind != CallKind::Event {
+                    entry.attempts = entry.attempts.saturating_sub(1);
+                }
             }
             state.queue.push_front(queued);
         }
@@ -360,7 +362,9 @@ impl ClientCore {
         let mut first = false;
         let mut state = self.state.lock();
         for (key, carried) in events.drain(..) {
-            let Some(entry) = state.calls.get_mut(key).filter(|entry| entry.ended.is_none()) else { continue };
+            let Some(entry) = state.calls.get_mut(key).filter(|entry| entry.ended.is_none()) else {
+                continue;
+            };
             entry.carried = carried;
             if entry.deadline.is_none() && entry.timeout.is_some() {
                 first |= state.set_deadline(key, now);

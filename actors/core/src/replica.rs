@@ -36,7 +36,7 @@ use crate::pattern::Route;
 use crate::payload::{Format, Payload};
 use crate::reply::{HandlerResult, Reply};
 use crate::request::{Parts, Request, Scope};
-use crate::responder::{Finished, Responder, RequestKey};
+use crate::responder::{Finished, RequestKey, Responder};
 use crate::route::HandlerStats;
 use crate::supervise::{ChildState, Escalation, RestartWindow, panic_text};
 use crate::trace::Ambient;
@@ -288,13 +288,13 @@ impl Handler<InvokeBatch> for HandlerActor {
     }
 }
 
-/// How a call of a handler goes on.
+/// How a call of a handler goes on; see [`Replica::go_on_with`].
 pub(crate) enum Begun {
     /// It is done.
     Ended(End),
-    /// It goes on as a task, once it has a responder: [`Replica::go_on`].
+    /// It goes on as a task.
     Unfinished(Box<Unfinished>),
-    /// The handler has as many requests as it may run at once: [`Replica::wait`].
+    /// The handler has as many requests as it may run at once.
     MustWait(Request),
 }
 
@@ -318,18 +318,23 @@ impl Replica {
         let Invoke { endpoint: index, parts, duty } = invoke;
         match self.begin(index, Request::new(parts)) {
             Begun::Ended(end) => turn.end(duty, end),
-            Begun::Unfinished(rest) => self.go_on(index, *rest, duty.into_responder(&turn.scope)),
-            Begun::MustWait(request) => self.wait(index, request, duty.into_responder(&turn.scope)),
+            begun => self.go_on_with(index, begun, duty.into_responder(&turn.scope)),
         }
     }
 
-    /// Runs a request of which the session has no say any more.
-    pub(crate) fn call(self: &Rc<Self>, index: u32, request: Request, responder: Responder) {
-        match self.begin(index, request) {
+    /// Goes on with what has been begun, now that it has its responder.
+    pub(crate) fn go_on_with(self: &Rc<Self>, index: u32, begun: Begun, responder: Responder) {
+        match begun {
             Begun::Ended(End { body, headers, failed }) => responder.finish(body, headers, failed),
             Begun::Unfinished(rest) => self.go_on(index, *rest, responder),
             Begun::MustWait(request) => self.wait(index, request, responder),
         }
+    }
+
+    /// Runs a request that has its responder.
+    pub(crate) fn call(self: &Rc<Self>, index: u32, request: Request, responder: Responder) {
+        let begun = self.begin(index, request);
+        self.go_on_with(index, begun, responder);
     }
 
     /// Calls a handler, and polls it once.
@@ -342,7 +347,7 @@ impl Replica {
     }
 
     /// Keeps a request until its handler has a place for it.
-    pub(crate) fn wait(&self, index: u32, request: Request, responder: Responder) {
+    fn wait(&self, index: u32, request: Request, responder: Responder) {
         let handler = &self.handlers[index as usize];
         let mut waiting = handler.waiting.borrow_mut();
         if waiting.len() < self.supervision.max_waiting {
@@ -362,7 +367,11 @@ impl Replica {
     fn begin_now(self: &Rc<Self>, index: u32, request: Request) -> Begun {
         let handler = &self.handlers[index as usize];
         let format = request.format();
-        let refused = |error: RpcError| Begun::Ended(End::failed(&error, format));
+        // What is refused takes no place: it leaves it to the next.
+        let refused = |error: RpcError| {
+            self.next_waiting(index);
+            Begun::Ended(End::failed(&error, format))
+        };
         if let Some(cause) = &*self.gave_up.borrow() {
             return refused(RpcError::unexpected(format!("handler {} gave up: {cause}", handler.route)));
         }
@@ -465,7 +474,7 @@ impl Replica {
     }
 
     /// Makes a task of what was not ready at once.
-    pub(crate) fn go_on(self: &Rc<Self>, index: u32, rest: Unfinished, responder: Responder) {
+    fn go_on(self: &Rc<Self>, index: u32, rest: Unfinished, responder: Responder) {
         let Unfinished { job, data, deadline, ambient } = rest;
         let replica = Rc::clone(self);
         let responder = Rc::new(RefCell::new(Some(responder)));
@@ -511,7 +520,7 @@ impl Replica {
                     Ok(ended) => ended,
                     Err(panic) => {
                         if let Some(responder) = responder.take() {
-                            responder_fail(responder);
+                            responder.fail(&RpcError::unexpected("the handler panicked"));
                         }
                         replica.panicked(index, data.as_ref(), panic_text(panic));
                         Ended::Panicked
@@ -603,24 +612,31 @@ impl Replica {
             }
         }
         handler.running.set(handler.running.get() - 1);
-        if handler.concurrency.is_some() {
-            // Those whose callers have gone meanwhile are not begun.
-            let next = loop {
-                let next = handler.waiting.borrow_mut().pop_front();
-                if next.as_ref().is_none_or(|(_, responder)| !responder.is_gone()) {
-                    break next;
-                }
-            };
-            if let Some((request, responder)) = next {
-                // A task of its own, so that a long queue of ready handlers does not recurse.
-                let replica = Rc::clone(self);
-                handler.running.set(handler.running.get() + 1);
-                tokio::task::spawn_local(async move {
-                    let handler = &replica.handlers[index as usize];
-                    handler.running.set(handler.running.get() - 1);
-                    replica.call(index, request, responder);
-                });
+        self.next_waiting(index);
+    }
+
+    /// Begins the next request that waits for a place of its handler, if there is a place.
+    fn next_waiting(self: &Rc<Self>, index: u32) {
+        let handler = &self.handlers[index as usize];
+        if handler.concurrency.is_none_or(|max| handler.running.get() >= max) {
+            return;
+        }
+        // Those whose callers have gone meanwhile are not begun.
+        let next = loop {
+            let next = handler.waiting.borrow_mut().pop_front();
+            if next.as_ref().is_none_or(|(_, responder)| !responder.is_gone()) {
+                break next;
             }
+        };
+        if let Some((request, responder)) = next {
+            // A task of its own, so that a long queue of ready handlers does not recurse.
+            let replica = Rc::clone(self);
+            handler.running.set(handler.running.get() + 1);
+            tokio::task::spawn_local(async move {
+                let handler = &replica.handlers[index as usize];
+                handler.running.set(handler.running.get() - 1);
+                replica.call(index, request, responder);
+            });
         }
     }
 
@@ -720,10 +736,6 @@ async fn by<T>(deadline: Option<Instant>, work: impl Future<Output = T>) -> Resu
 /// The answer to a caller that stopped waiting, for those who still read it.
 fn deadline_exceeded() -> RpcError {
     RpcError::message("Deadline exceeded")
-}
-
-fn responder_fail(responder: Responder) {
-    responder.fail(&RpcError::unexpected("the handler panicked"));
 }
 
 /// The answer when a bound of the service is reached.

@@ -78,7 +78,7 @@ pub(crate) struct SessionControl {
     waker: AtomicWaker,
     drain: AtomicBool,
     abandon: AtomicBool,
-    /// Requests and events that were dispatched, less those that were done in place.
+    /// Requests and events that were not done at once.
     admitted: Counter,
     /// Of those, how many have ended.
     pub(crate) answered: Counter,
@@ -102,7 +102,7 @@ impl SessionControl {
         self.waker.wake();
     }
 
-    /// Requests and events that were dispatched and have not ended.
+    /// Requests and events that are in work.
     pub(crate) fn in_flight(&self) -> u64 {
         self.admitted.get().saturating_sub(self.answered.get())
     }
@@ -384,6 +384,10 @@ impl<S: Session> Loop<S> {
         let idle = self.in_flight() == 0 && calls_done;
         if (idle || abandon) && self.shared.inner.lock().out.is_empty() && (flushed || abandon) {
             return self.writer.poll_close(cx);
+        }
+        if self.unflushed {
+            // What was answered in place leaves in the next turn.
+            return Poll::Pending;
         }
         if self.half_closed.as_mut().is_some_and(|limit| limit.as_mut().poll(cx).is_ready()) {
             return Poll::Ready(Err(SessionError::lost("the peer closed its side")));
@@ -746,7 +750,6 @@ impl<S: Session> Loop<S> {
             slot: RequestKey::NONE,
             extensions: None,
         });
-        self.env.control.admitted.add(1);
         if let ([only], Some(replica), false) = (chain, self.turn.here(), self.shared.settles) {
             // The usual case, in which a request that is done at once needs no slot, and its answer nothing but its id.
             let (replica, endpoint) = (Rc::clone(replica), only.endpoint);
@@ -790,9 +793,11 @@ impl<S: Session> Loop<S> {
                     let (replica, endpoint) = (Rc::clone(replica), only.endpoint);
                     return self.call_and_settle(&replica, endpoint, request, slot);
                 }
+                self.env.control.admitted.add(1);
                 self.turn.push(only, *request.0, slot);
             }
             chain => {
+                self.env.control.admitted.add(1);
                 let chain = chain.to_vec();
                 let key = self.shared.next_key();
                 self.shared.inner.lock().slots.insert(key, slot);
@@ -820,6 +825,7 @@ impl<S: Session> Loop<S> {
         };
         slot.ended(0, end.failed);
         if slot.wants_retry() {
+            self.env.control.admitted.add(1);
             self.shared.admit_called(key, slot);
             self.plan_retries(vec![key]);
             // The pause is waited for from the next turn on.
@@ -838,7 +844,6 @@ impl<S: Session> Loop<S> {
     /// Counts a request that needed no slot.
     fn done_in_place(&self) {
         self.shared.end_call();
-        self.env.control.admitted.add(-1);
         self.env.control.done_in_place.add(1);
     }
 
@@ -851,13 +856,10 @@ impl<S: Session> Loop<S> {
         key: RequestKey,
         slot: Slot<S::ReplyTo>,
     ) {
+        self.env.control.admitted.add(1);
         self.shared.admit_called(key, slot);
         let responder = Responder::new(Arc::clone(&self.sink), key, self.env.transport.format);
-        match begun {
-            Begun::Ended(End { body, headers, failed }) => responder.finish(body, headers, failed),
-            Begun::Unfinished(rest) => replica.go_on(endpoint, *rest, responder),
-            Begun::MustWait(request) => replica.wait(endpoint, request, responder),
-        }
+        replica.go_on_with(endpoint, begun, responder);
     }
 
     /// Hands a request that has its slot to each of several handlers.
@@ -922,7 +924,13 @@ impl<S: Session> Loop<S> {
             let waiting: Vec<RequestKey> = self.retries.drain().collect();
             return self.hand_back(waiting);
         }
-        while let Poll::Ready(key) = self.retries.poll_due(cx) {
+        for turn in 0.. {
+            if turn == READ_BUDGET {
+                // Handlers run here: others want their turn, too.
+                cx.waker().wake_by_ref();
+                break;
+            }
+            let Poll::Ready(key) = self.retries.poll_due(cx) else { break };
             let Some(Attempt { parts, handlers, members }) = self.shared.try_again(key) else { continue };
             match parts.kind {
                 // Several event handlers that are asked answer as one.

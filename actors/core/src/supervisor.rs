@@ -574,6 +574,10 @@ impl Branch {
         self.pending = later;
         let due: Vec<Pending> = due;
         for Pending { members, cause, .. } in due {
+            if !self.up {
+                // One of those before was too much: it has given up.
+                break;
+            }
             self.restart(members, &cause).await;
         }
     }

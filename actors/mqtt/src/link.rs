@@ -342,9 +342,14 @@ impl Link {
         }
     }
 
+    /// Whether the connection has ended.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.ended.is_some()
+    }
+
     /// Bytes that are not yet on the wire; none are waited for when it is gone.
     pub(crate) fn pending_bytes(&self) -> usize {
-        if self.ended.is_some() { 0 } else { self.output.len() + self.flow.waiting_bytes() }
+        if self.is_gone() { 0 } else { self.output.len() + self.flow.waiting_bytes() }
     }
 
     /// Acknowledges a message.

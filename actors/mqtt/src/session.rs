@@ -551,7 +551,8 @@ impl SessionWriter<MqttReplyTo> for MqttWriter {
 
     fn pending_bytes(&self) -> usize {
         let shared = self.shared.borrow();
-        shared.link.pending_bytes() + shared.replies.waiting_bytes()
+        // Nothing is waited for once the connection is gone: it must be read to its end.
+        if shared.link.is_gone() { 0 } else { shared.link.pending_bytes() + shared.replies.waiting_bytes() }
     }
 
     fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {

@@ -292,6 +292,28 @@ fn a_handler_that_gave_up_answers_errors() {
 }
 
 #[test]
+fn requests_that_wait_for_a_place_are_answered_when_their_handler_gives_up() {
+    paused(async {
+        let group = message("do", |Data(number): Data<u64>| async move {
+            tokio::time::sleep(ms(10)).await;
+            assert!(number < 10, "{PANIC}");
+            ok(number)
+        });
+        let group = group.concurrency(1).supervision(|supervision| {
+            supervision.intensity =
+                Some(RestartIntensity { max_restarts: 0, within: Duration::from_secs(60) });
+        });
+        let (service, client) = serve(vec![group]).await;
+        let calls = [10, 1, 2, 3].map(|number| client.send::<u64>("do", number).timeout(ms(1000)));
+        for outcome in futures::future::join_all(calls).await {
+            assert_eq!(text(outcome), "Internal server error");
+        }
+        assert_eq!(service.stop(ms(1000)).await.abandoned().count(), 0);
+        client.close().await;
+    });
+}
+
+#[test]
 fn a_factory_that_panics_refuses_the_start() {
     paused(async {
         let factory = |_: &_| panic!("deliberate panic of the factory");
