@@ -12,8 +12,14 @@ use tokio::time::Instant;
 use crate::correlation::CallKind;
 use crate::error::CallError;
 use crate::pending::Replies;
-use crate::responder::SlotKey;
 use crate::transport::OutboundMessage;
+
+/// Names a call in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct CallKey {
+    pub(crate) index: u32,
+    pub(crate) generation: u32,
+}
 
 /// What is known of a call.
 #[derive(Default)]
@@ -53,7 +59,7 @@ pub(crate) struct Calls {
 
 impl Calls {
     /// A slot for a new call; the entry is as [`Entry::default`] but for its generation.
-    pub(crate) fn begin(&mut self) -> (SlotKey, &mut Entry) {
+    pub(crate) fn begin(&mut self) -> (CallKey, &mut Entry) {
         // 0 is of free slots.
         self.generation = self.generation.checked_add(1).unwrap_or(1);
         let index = match self.free.pop() {
@@ -65,19 +71,19 @@ impl Calls {
         };
         let entry = &mut self.slots[index];
         entry.generation = self.generation;
-        (SlotKey { index: index as u32, generation: self.generation }, entry)
+        (CallKey { index: index as u32, generation: self.generation }, entry)
     }
 
-    pub(crate) fn get(&self, key: SlotKey) -> Option<&Entry> {
+    pub(crate) fn get(&self, key: CallKey) -> Option<&Entry> {
         self.slots.get(key.index as usize).filter(|entry| entry.is(key))
     }
 
-    pub(crate) fn get_mut(&mut self, key: SlotKey) -> Option<&mut Entry> {
+    pub(crate) fn get_mut(&mut self, key: CallKey) -> Option<&mut Entry> {
         self.slots.get_mut(key.index as usize).filter(|entry| entry.is(key))
     }
 
     /// Frees a slot and says what the call's pattern was.
-    pub(crate) fn remove(&mut self, key: SlotKey) -> Option<u32> {
+    pub(crate) fn remove(&mut self, key: CallKey) -> Option<u32> {
         let entry = self.get_mut(key)?;
         entry.generation = 0;
         entry.kind = CallKind::default();
@@ -106,15 +112,15 @@ impl Calls {
         self.slots.iter_mut().filter(|entry| entry.generation != 0)
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (SlotKey, &Entry)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (CallKey, &Entry)> {
         let taken = self.slots.iter().enumerate().filter(|(_, entry)| entry.generation != 0);
-        taken.map(|(index, entry)| (SlotKey { index: index as u32, generation: entry.generation }, entry))
+        taken.map(|(index, entry)| (CallKey { index: index as u32, generation: entry.generation }, entry))
     }
 }
 
 impl Entry {
     /// Whether the slot is that call's, now.
-    fn is(&self, key: SlotKey) -> bool {
+    fn is(&self, key: CallKey) -> bool {
         self.generation == key.generation && key.generation != 0
     }
 }
@@ -159,6 +165,6 @@ mod tests {
         let keys = [calls.begin().0, calls.begin().0];
         assert_eq!(keys.map(|key| key.generation), [u32::MAX, 1]);
         calls.remove(keys[0]);
-        assert!(calls.get(SlotKey { index: keys[0].index, generation: 0 }).is_none());
+        assert!(calls.get(CallKey { index: keys[0].index, generation: 0 }).is_none());
     }
 }

@@ -28,6 +28,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::backoff::{Backoff, BackoffOptions};
+use crate::calls::CallKey;
 use crate::correlation::{CallKind, ClientCore, CorrelationLimits, NewCall, Next};
 use crate::error::{CallError, RemoteError, SessionError, SessionErrorKind, StartError};
 use crate::events::{EventBus, ServiceEvent};
@@ -38,7 +39,7 @@ use crate::payload::{EncodeError, Format, Payload};
 use crate::pending::Reply;
 use crate::reply::IntoRecord;
 use crate::request::{TRACEPARENT_KEY, TRACESTATE_KEY};
-use crate::responder::{Cancellation, SlotKey};
+use crate::responder::Cancellation;
 use crate::session::{SessionControl, SessionEnv, SessionExit, SessionLimits, run_session};
 use crate::status::{ConnectionStatus, StatusCell};
 use crate::supervise::{Child, panic_text};
@@ -416,7 +417,7 @@ impl Prepared {
         client: &ClientProxy,
         kind: CallKind,
         cx: Option<&TaskContext<'_>>,
-    ) -> Result<(SlotKey, Option<Cancelled>), CallError> {
+    ) -> Result<(CallKey, Option<Cancelled>), CallError> {
         let shared = &*client.shared;
         let mut cancelled = None;
         if let Some(extras) = self.extras.take() {
@@ -491,7 +492,7 @@ impl Shared {
     /// The next reply of a call, put `into`; `None` there when it has completed.
     fn poll_reply(
         &self,
-        key: SlotKey,
+        key: CallKey,
         cx: &mut TaskContext<'_>,
         into: &mut Option<Reply>,
     ) -> Poll<Result<Next, CallError>> {
@@ -522,7 +523,7 @@ struct Caller {
 
 enum Step {
     Prepared,
-    Running { key: SlotKey, cancelled: Option<Cancelled> },
+    Running { key: CallKey, cancelled: Option<Cancelled> },
     Ended,
 }
 
@@ -736,7 +737,7 @@ impl<T: DeserializeOwned> ReplyStream<T> {
 /// An event on its way. It goes out even when this is dropped.
 pub struct Emit {
     client: ClientProxy,
-    state: Result<SlotKey, Option<CallError>>,
+    state: Result<CallKey, Option<CallError>>,
     ended: bool,
 }
 

@@ -20,13 +20,12 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::calls::{Calls, Entry};
+use crate::calls::{CallKey, Calls, Entry};
 use crate::error::{CallError, RemoteError, SessionError, SessionErrorKind, SharedError};
 use crate::packet::{Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::Route;
 use crate::payload::Payload;
 use crate::pending::{Deadlines, Patterns, Reply};
-use crate::responder::SlotKey;
 use crate::session::SessionControl;
 use crate::transport::{OutboundMessage, PacketId};
 
@@ -79,7 +78,7 @@ pub(crate) enum CallKind {
 
 /// A call that waits to be written.
 pub(crate) struct Queued {
-    pub(crate) key: SlotKey,
+    pub(crate) key: CallKey,
     pub(crate) kind: CallKind,
     /// Whether anyone still waits for it, when it was taken.
     pub(crate) live: bool,
@@ -93,10 +92,10 @@ pub(crate) struct Outgoing {
     pub(crate) cancels: VecDeque<(PacketId, Route)>,
     pub(crate) calls: VecDeque<Queued>,
     /// Events that the transporter has taken.
-    pub(crate) written: Vec<SlotKey>,
+    pub(crate) written: Vec<CallKey>,
     /// Events that the transporter has taken and of which it will say what the broker made; true for those that outlive
     /// their session.
-    pub(crate) confirming: Vec<(SlotKey, bool)>,
+    pub(crate) confirming: Vec<(CallKey, bool)>,
 }
 
 #[derive(Default)]
@@ -154,7 +153,7 @@ impl ClientCore {
     // === the caller's side ===
 
     /// Takes a call in, and says whether there is a session for it.
-    pub(crate) fn insert(&self, call: NewCall<'_>) -> Result<(SlotKey, bool), CallError> {
+    pub(crate) fn insert(&self, call: NewCall<'_>) -> Result<(CallKey, bool), CallError> {
         let NewCall { message, kind, timeout, idempotent, waker } = call;
         let waker = waker.cloned();
         let mut state = self.state.lock();
@@ -195,7 +194,7 @@ impl ClientCore {
     /// The next reply of a call, put `into` where there is none yet; then the slot is free if nothing can follow.
     pub(crate) fn poll_reply(
         &self,
-        key: SlotKey,
+        key: CallKey,
         cx: &mut Context<'_>,
         into: &mut Option<Reply>,
     ) -> Poll<Result<Next, Box<CallError>>> {
@@ -224,7 +223,7 @@ impl ClientCore {
     }
 
     /// The caller has lost interest: frees the slot, and tells the peer if the call is under way.
-    pub(crate) fn forget(&self, key: SlotKey) {
+    pub(crate) fn forget(&self, key: CallKey) {
         let mut state = self.lock();
         let Some(entry) = state.calls.get_mut(key) else { return };
         if entry.kind == CallKind::Event && entry.ended.is_none() {
@@ -240,7 +239,7 @@ impl ClientCore {
     }
 
     /// Ends a call from the caller's side with an outcome it will read.
-    pub(crate) fn cancel(&self, key: SlotKey) {
+    pub(crate) fn cancel(&self, key: CallKey) {
         let mut state = self.lock();
         let Some(entry) = state.calls.get_mut(key) else { return };
         if entry.sent && entry.ended.is_none() {
@@ -268,13 +267,13 @@ impl ClientCore {
         self.pending() == 0
     }
 
-    pub(crate) fn id(&self, key: SlotKey) -> PacketId {
+    pub(crate) fn id(&self, key: CallKey) -> PacketId {
         PacketId::from_parts(self.prefix, key.generation, key.index)
     }
 
-    fn key_of(&self, id: PacketId) -> Option<SlotKey> {
+    fn key_of(&self, id: PacketId) -> Option<CallKey> {
         let (prefix, generation, index) = id.parts();
-        (prefix == self.prefix).then_some(SlotKey { index, generation })
+        (prefix == self.prefix).then_some(CallKey { index, generation })
     }
 
     // === the session's side ===
@@ -342,7 +341,7 @@ impl ClientCore {
     }
 
     /// The transporter took these events.
-    pub(crate) fn written(&self, events: &mut Vec<SlotKey>) {
+    pub(crate) fn written(&self, events: &mut Vec<CallKey>) {
         if events.is_empty() {
             return;
         }
@@ -354,7 +353,7 @@ impl ClientCore {
 
     /// The transporter took these events and will say what the broker made of each, by its id; of those that are
     /// carried, perhaps in a later session.
-    pub(crate) fn confirming(&self, events: &mut Vec<(SlotKey, bool)>) {
+    pub(crate) fn confirming(&self, events: &mut Vec<(CallKey, bool)>) {
         if events.is_empty() {
             return;
         }
@@ -395,12 +394,12 @@ impl ClientCore {
     }
 
     /// The transporter cannot put it in wire form.
-    pub(crate) fn refused(&self, key: SlotKey, reason: SharedError) {
+    pub(crate) fn refused(&self, key: CallKey, reason: SharedError) {
         self.lock().end(key, Err(CallError::Encode(reason)));
     }
 
     /// The session ended over this one.
-    pub(crate) fn lost(&self, key: SlotKey, cause: &SessionError) {
+    pub(crate) fn lost(&self, key: CallKey, cause: &SessionError) {
         self.lock().end(key, Err(CallError::Lost { cause: cause.clone() }));
     }
 
@@ -449,7 +448,7 @@ impl ClientCore {
         }
     }
 
-    fn on_item(&self, state: &mut State, key: SlotKey, payload: Payload) {
+    fn on_item(&self, state: &mut State, key: CallKey, payload: Payload) {
         let limit = self.limits.max_buffered_replies;
         let Some(entry) = state.calls.get_mut(key) else { return };
         if entry.replies.len() >= limit {
@@ -645,13 +644,13 @@ fn own_id(raw: &Raw) -> Option<PacketId> {
 
 impl State {
     /// The calls of a kind that have not ended.
-    fn open(&self, of: impl Fn(&Entry) -> bool) -> Vec<SlotKey> {
+    fn open(&self, of: impl Fn(&Entry) -> bool) -> Vec<CallKey> {
         let open = self.calls.iter().filter(|(_, entry)| entry.ended.is_none() && of(entry));
         open.map(|(key, _)| key).collect()
     }
 
     /// The call that a reply is for; one that comes when nobody waits for it is counted.
-    fn waiting(&mut self, key: Option<SlotKey>) -> Option<(SlotKey, &mut Entry)> {
+    fn waiting(&mut self, key: Option<CallKey>) -> Option<(CallKey, &mut Entry)> {
         let waits = |entry: &Entry| entry.ended.is_none() && entry.kind != CallKind::Event;
         let entry = key.and_then(|key| {
             let entry = self.calls.get_mut(key)?;
@@ -664,7 +663,7 @@ impl State {
     }
 
     /// Ends a call that has not ended: its one outcome.
-    fn end(&mut self, key: SlotKey, outcome: Result<(), CallError>) {
+    fn end(&mut self, key: CallKey, outcome: Result<(), CallError>) {
         let Some(entry) = self.calls.get_mut(key).filter(|entry| entry.ended.is_none()) else { return };
         entry.ended = Some(outcome.map_err(Box::new));
         entry.again = None;
@@ -684,7 +683,7 @@ impl State {
     }
 
     /// Lets the session tell the peer that nobody waits for this call any more.
-    fn tell_cancelled(&mut self, key: SlotKey, id: PacketId) {
+    fn tell_cancelled(&mut self, key: CallKey, id: PacketId) {
         let Some(place) = self.calls.get(key).map(|entry| entry.pattern) else { return };
         if let (Some(session), Some(route)) = (&self.session, self.patterns.route(place)) {
             self.cancels.push_back((id, route.clone()));
@@ -692,13 +691,13 @@ impl State {
         }
     }
 
-    fn end_no_handler(&mut self, key: SlotKey) {
+    fn end_no_handler(&mut self, key: CallKey) {
         let Some(place) = self.calls.get(key).map(|entry| entry.pattern) else { return };
         let pattern = self.patterns.route(place).map(Route::to_string).unwrap_or_default();
         self.end(key, Err(CallError::NoHandler { pattern }));
     }
 
-    fn remove(&mut self, key: SlotKey) {
+    fn remove(&mut self, key: CallKey) {
         if let Some(pattern) = self.calls.remove(key) {
             self.patterns.release(pattern);
         }
@@ -715,7 +714,7 @@ impl State {
     }
 
     /// Lets a call's time begin; `true` when the timer must be told.
-    fn set_deadline(&mut self, key: SlotKey, now: Instant) -> bool {
+    fn set_deadline(&mut self, key: CallKey, now: Instant) -> bool {
         let Some(entry) = self.calls.get_mut(key) else { return false };
         entry.deadline = entry.timeout.and_then(|timeout| now.checked_add(timeout));
         let Some(deadline) = entry.deadline else { return false };
@@ -798,7 +797,7 @@ mod tests {
         ClientCore::new(limits)
     }
 
-    fn insert(core: &ClientCore, kind: CallKind) -> SlotKey {
+    fn insert(core: &ClientCore, kind: CallKind) -> CallKey {
         let message = OutboundMessage {
             id: None,
             pattern: Pattern::from("p"),
@@ -813,7 +812,7 @@ mod tests {
         core.insert(call).unwrap().0
     }
 
-    fn deadline(core: &ClientCore, key: SlotKey) -> Option<Instant> {
+    fn deadline(core: &ClientCore, key: CallKey) -> Option<Instant> {
         core.state.lock().calls.get(key).unwrap().deadline
     }
 
@@ -865,7 +864,7 @@ mod tests {
         let taken = out.calls.pop_front().unwrap();
         core.put_back(&mut out.calls);
         core.session_ended(&SessionError::lost("x"));
-        let ended = |key: SlotKey| core.state.lock().calls.get(key).unwrap().ended.is_some();
+        let ended = |key: CallKey| core.state.lock().calls.get(key).unwrap().ended.is_some();
         assert!(ended(keys[0]) && ended(taken.key) && !ended(keys[2]) && !ended(last));
         assert_eq!(core.pending(), 2);
     }

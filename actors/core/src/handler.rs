@@ -6,9 +6,9 @@
 //!                    └─ endpoints, built by the group's factory
 //! ```
 //!
-//! A session sends its requests, in batches, to the replica on its own arbiter. The handler's future is polled once in
-//! place, inside the panic boundary; only one that is not ready becomes a task of its own. A panic answers
-//! the request with an error and rebuilds the replica from its factory.
+//! A session calls the replica on its own arbiter in place; to one on another arbiter it sends its requests in batches.
+//! The handler's future is polled once in place, inside the panic boundary; only one that is not ready becomes a task of
+//! its own. A panic answers the request with an error and rebuilds the replica from its factory.
 
 use std::fmt;
 use std::future::Future;
@@ -122,7 +122,8 @@ pub struct HandlerSupervision {
     /// Requests that wait for a free place of [`HandlerInfo::concurrency`], per handler and replica.
     /// Default 1024; more are answered with an overload error.
     pub max_waiting: usize,
-    /// Requests that may wait in the replica's mailbox, for each session that sends there. Default 65,536;
+    /// Requests that may wait in the replica's mailbox, for each session on another arbiter that sends there (those on
+    /// its own call it without: `concurrency` and `max_waiting` bound them). Default 65,536;
     /// further ones are answered with an overload error.
     pub mailbox_capacity: usize,
 }

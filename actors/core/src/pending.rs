@@ -7,10 +7,10 @@ use std::collections::{BinaryHeap, VecDeque};
 use slab::Slab;
 use tokio::time::Instant;
 
+use crate::calls::CallKey;
 use crate::packet::Raw;
 use crate::pattern::{Pattern, Route};
 use crate::payload::{Format, Payload};
-use crate::responder::SlotKey;
 
 /// A reply that waits to be read.
 pub(crate) enum Reply {
@@ -80,7 +80,7 @@ pub(crate) struct Deadlines {
 }
 
 /// When, and of which call.
-pub(crate) type Mark = (Instant, SlotKey);
+pub(crate) type Mark = (Instant, CallKey);
 
 impl Deadlines {
     /// Adds a mark. Ended calls leave theirs behind (`is_over`): these go when they are first, a few at a time, because
@@ -168,8 +168,8 @@ mod tests {
 
     use super::*;
 
-    fn key(index: u32) -> SlotKey {
-        SlotKey { index, generation: 1 }
+    fn key(index: u32) -> CallKey {
+        CallKey { index, generation: 1 }
     }
 
     fn passed(deadlines: &mut Deadlines, since: Instant) -> Vec<u64> {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The responder: the value that must end a request, exactly once.
 //!
-//! A responder is bound to a slot of the session that the request came by. It writes packets into the
-//! session's out-queue; its last one frees the slot, which is the request's in-flight credit. Dropped
+//! A responder is bound to a slot of the session that the request came by: a request that is done when its handler
+//! was called in place has neither. It writes packets into the session's out-queue; its last one frees the slot, which is the request's in-flight credit. Dropped
 //! unanswered (a panic, a full mailbox, a dead handler), it answers with an error.
 
 use std::fmt;
@@ -18,13 +18,6 @@ use crate::error::RpcError;
 use crate::headers::Headers;
 use crate::packet::ResponseBody;
 use crate::payload::{Format, Payload};
-
-/// Names a call in flight in its client's correlation map.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct SlotKey {
-    pub(crate) index: u32,
-    pub(crate) generation: u32,
-}
 
 /// Names a request on the session that it came by: they are numbered as they are dispatched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

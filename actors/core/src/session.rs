@@ -43,7 +43,7 @@ use crate::transport::{
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub(crate) struct SessionLimits {
-    /// Requests and events in flight; at the limit the session stops reading. Default 1024.
+    /// Requests and events in work (not done at once); at the limit the session stops reading. Default 1024.
     pub max_in_flight: usize,
     /// Bytes taken for writing and not yet on the wire; above it the session stops reading new work, and
     /// streams wait. Default 256 KiB.
