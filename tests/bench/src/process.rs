@@ -1,36 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! CPU time of a process, the contract's ready line, and the signal that ends a server.
 
-use std::fs;
 use std::io::Write;
 use std::time::Duration;
 
+use nix::time::ClockId;
+use nix::unistd::Pid;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::Result;
 
-/// CPU time a living process has used so far, all threads.
-///
-/// `/proc/PID/stat` counts in ticks of 10 ms; the scheduler's own nanosecond counters, one file per
-/// thread, say the same more finely and are preferred where the kernel has them.
+/// CPU time a living process has used so far: all its threads, also those that have ended.
 pub fn cpu_time(pid: u32) -> Result<Duration> {
-    if let Some(fine) = scheduler_time(pid) {
-        return Ok(fine);
-    }
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name is in parentheses and may itself contain spaces: fields are counted behind it.
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |index: usize| -> Result<u64> { Ok(fields.get(index).ok_or("short stat line")?.parse()?) };
-    Ok(Duration::from_millis((ticks(11)? + ticks(12)?) * 10))
-}
-
-fn scheduler_time(pid: u32) -> Option<Duration> {
-    let mut total = 0;
-    for thread in fs::read_dir(format!("/proc/{pid}/task")).ok()? {
-        let text = fs::read_to_string(thread.ok()?.path().join("schedstat")).ok()?;
-        total += text.split_whitespace().next()?.parse::<u64>().ok()?;
-    }
-    (total > 0).then(|| Duration::from_nanos(total))
+    let clock = ClockId::pid_cpu_clock_id(Pid::from_raw(i32::try_from(pid)?))?;
+    Ok(Duration::from(clock.now()?))
 }
 
 /// Writes one line to standard output at once.
@@ -68,13 +51,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cpu_time_grows_with_work() {
-        let before = cpu_time(std::process::id()).unwrap();
-        let start = std::time::Instant::now();
-        while start.elapsed() < Duration::from_millis(100) {
-            std::hint::black_box(start);
+    fn cpu_time_counts_every_thread_and_keeps_what_ended() {
+        fn burn() {
+            let start = cpu_time(std::process::id()).unwrap();
+            while cpu_time(std::process::id()).unwrap() < start + Duration::from_millis(20) {}
         }
-        assert!(cpu_time(std::process::id()).unwrap() > before);
+        let before = cpu_time(std::process::id()).unwrap();
+        std::thread::spawn(burn).join().unwrap();
+        let ended = cpu_time(std::process::id()).unwrap();
+        assert!(ended >= before + Duration::from_millis(20));
+        burn();
+        assert!(cpu_time(std::process::id()).unwrap() >= ended + Duration::from_millis(20));
+    }
+
+    #[test]
+    fn nobodys_cpu_time_is_an_error() {
         assert!(cpu_time(u32::MAX).is_err());
+        // Above the highest id that Linux gives.
+        assert!(cpu_time(5_000_000).is_err());
     }
 }
