@@ -35,8 +35,8 @@ use futures::stream;
 use martlet_core::codec::{Codec, CodecError, JsonCodec};
 use martlet_core::packet::{OutgoingPacket, PatternText};
 use martlet_core::transport::{
-    Accept, ContextData, Delivery, Dial, Inbound, Listen, Open, Outbound, OutboundMessage, PatternKey, Role,
-    Session, SessionPlan, SessionReader, SessionWriter, WriteError,
+    Accept, ContextData, Delivery, Dial, Inbound, Listen, Open, Outbound, OutboundMessage, PatternKey,
+    Response, Role, Session, SessionPlan, SessionReader, SessionWriter, WriteError,
 };
 use martlet_core::{
     ClientOptions, ClientProxy, Ctx, Data, Microservice, RpcError, Server, ServerOptions, SessionError,
@@ -292,7 +292,7 @@ impl UnixReader {
     /// The codec takes a packet apart no further than routing needs: payload, metadata and id stay raw.
     fn read(&self, line: Bytes) -> Inbound<()> {
         let read = match self.role {
-            Role::Client => JsonCodec.decode_response(&line).map(Inbound::Response),
+            Role::Client => JsonCodec.decode_response(line.into()).map(Inbound::Response),
             Role::Server => request(line),
         };
         // One line that makes no sense does not spoil the next: it is reported, the session goes on.
@@ -305,7 +305,7 @@ fn request(line: Bytes) -> Result<Inbound<()>, CodecError> {
     if let Some(id) = cancelled {
         return Ok(Inbound::Cancel { id: Bytes::copy_from_slice(id).into() });
     }
-    let packet = JsonCodec.decode_request_owned(line)?;
+    let packet = JsonCodec.decode_request(line.into())?;
     let is_event = packet.is_event();
     let delivery = Delivery {
         // The runtime finds the handler. A broker would say which subscription matched: `PatternKey::Route`.
@@ -332,9 +332,6 @@ impl SessionWriter<()> for UnixWriter {
     fn write(&mut self, item: Outbound<()>) -> Result<(), WriteError> {
         match item {
             Outbound::Request(message) | Outbound::Event(message) => self.message(message),
-            Outbound::Response { id, body, .. } => {
-                self.line(|out| JsonCodec.encode_response(Some(&id), &body, None, out))
-            }
             // The other end is always ours. A transporter that NestJS peers may use has to drop this.
             Outbound::Cancel { id, .. } => self.line(|out| {
                 out.put_slice(format!("{{\"cancel\":\"{id}\"}}").as_bytes());
@@ -343,6 +340,11 @@ impl SessionWriter<()> for UnixWriter {
             // Subscriptions and settlements are asked of brokers only.
             _ => Ok(()),
         }
+    }
+
+    fn write_response(&mut self, response: &mut Response<()>) -> Result<(), WriteError> {
+        let Response { id, body, .. } = response;
+        self.line(|out| JsonCodec.encode_response(Some(id), body, None, out))
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {

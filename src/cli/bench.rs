@@ -146,7 +146,7 @@ impl Plan {
         match &self.work {
             Work::Sums => {
                 let first = u64::from(number % 90 + 10);
-                let data = Payload::new(Format::Json, format!("[{first},2,3,4,5]").into());
+                let data = Payload::new(Format::Json, format!("[{first},2,3,4,5]").into_bytes());
                 let sum = first + 14;
                 (data, Some(Expected { text: sum.to_string(), value: Value::from(sum) }))
             }

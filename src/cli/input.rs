@@ -119,12 +119,12 @@ mod tests {
 
     #[test]
     fn data_is_json_unless_it_is_said_to_be_text() {
-        let check = |text, as_text| data(Some(text), as_text).map(|data| data.bytes().clone());
+        let check = |text, as_text| data(Some(text), as_text).map(Payload::into_bytes);
         assert_eq!(check(" [1, 2.50] ", false).unwrap(), "[1,2.50]");
         assert_eq!(check("hello", true).unwrap(), "\"hello\"");
         let failure = check("hello", false).unwrap_err();
         assert!(failure.text.contains("'\"hello\"'") && failure.text.contains("--text"), "{}", failure.text);
-        assert_eq!(data(None, false).unwrap().bytes(), "null");
+        assert_eq!(data(None, false).unwrap().bytes(), b"null");
         assert_eq!(check("@/no/such/file", false).unwrap_err().code, super::super::USAGE);
     }
 }

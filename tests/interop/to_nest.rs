@@ -235,7 +235,7 @@ async fn json_values(pair: &Pair) {
         r#""lone surrogate \ud83d""#,
     ];
     for text in values {
-        let value = Payload::new(martlet::Format::Json, text.into());
+        let value = Payload::new(martlet::Format::Json, text.as_bytes().to_vec());
         assert_eq!(raw(pair, "echo", value).await, text);
     }
 }

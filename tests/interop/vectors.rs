@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::future::LocalBoxFuture;
 use futures::stream::{self, StreamExt};
 use martlet::tcp::{TcpServer, TcpServerOptions};
@@ -78,7 +79,7 @@ const MQTT: &[u8] = include_bytes!("../../actors/mqtt/tests/vectors/mqtt.json");
 
 fn golden(text: &'static [u8]) -> Value {
     // The files hold lone surrogates, which only our own decoder takes.
-    Payload::new(Format::Json, text.into()).to_value().unwrap()
+    Payload::new(Format::Json, Bytes::from_static(text)).to_value().unwrap()
 }
 
 /// The captured exchanges by name, each with its messages in order.
@@ -341,7 +342,7 @@ async fn exchanges_by_broker(brokers: Rc<Brokers>, transport: Transport, vectors
         }
         let [request, replies @ ..] = &messages[..] else { panic!("{name} is empty") };
         let raw = |message: &Value| message["raw"].as_str().unwrap().to_owned();
-        let packet = Payload::new(Format::Json, raw(request).into()).to_value().unwrap();
+        let packet = Payload::new(Format::Json, raw(request).into_bytes()).to_value().unwrap();
         let id = packet["id"].as_str().unwrap_or_default().to_owned();
         let text = raw(request);
         let command = match transport {

@@ -129,8 +129,7 @@ impl Entry {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::packet::Raw;
-    use crate::pending::Reply;
+    use crate::payload::{Format, Payload};
 
     #[test]
     fn a_slot_is_used_again_and_knows_nothing_of_the_call_before() {
@@ -143,7 +142,7 @@ mod tests {
         entry.timeout = Some(Duration::from_secs(1));
         entry.deadline = Some(Instant::now());
         entry.ended = Some(Ok(()));
-        entry.replies.push_back(Reply::Short(Raw::default()));
+        entry.replies.push_back(Payload::null(Format::Json));
         let (other, _) = calls.begin();
         assert_eq!((calls.len(), calls.remove(first), calls.len()), (2, Some(0), 1));
         assert!(

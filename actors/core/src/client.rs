@@ -36,7 +36,6 @@ use crate::headers::Headers;
 use crate::packet::Metadata;
 use crate::pattern::Pattern;
 use crate::payload::{EncodeError, Format, Payload};
-use crate::pending::Reply;
 use crate::reply::IntoRecord;
 use crate::request::{TRACEPARENT_KEY, TRACESTATE_KEY};
 use crate::responder::Cancellation;
@@ -494,14 +493,14 @@ impl Shared {
         &self,
         key: CallKey,
         cx: &mut TaskContext<'_>,
-        into: &mut Option<Reply>,
+        into: &mut Option<Payload>,
     ) -> Poll<Result<Next, CallError>> {
         match std::task::ready!(self.core.poll_reply(key, cx, into)) {
             Ok(next) => {
                 if let Some(map) = &self.options.map_response
                     && let Some(reply) = into.take()
                 {
-                    *into = Some(Reply::Long(map(reply.into_payload(self.info.format))?));
+                    *into = Some(map(reply)?);
                 }
                 Poll::Ready(Ok(next))
             }
@@ -534,7 +533,7 @@ impl Caller {
         &mut self,
         kind: CallKind,
         cx: &mut TaskContext<'_>,
-        into: &mut Option<Reply>,
+        into: &mut Option<Payload>,
     ) -> Poll<Result<(), CallError>> {
         if let Step::Prepared = self.step {
             self.step = Step::Ended;
@@ -660,12 +659,8 @@ impl<T> Call<T> {
     }
 }
 
-fn decode<T: DeserializeOwned>(reply: &Reply, format: Format) -> Result<T, CallError> {
-    let decoded = match reply {
-        Reply::Short(raw) => format.decode(raw),
-        Reply::Long(payload) => payload.decode(),
-    };
-    decoded.map_err(|error| CallError::Decode(Arc::new(error)))
+fn decode<T: DeserializeOwned>(reply: &Payload) -> Result<T, CallError> {
+    reply.decode().map_err(|error| CallError::Decode(Arc::new(error)))
 }
 
 impl<T: DeserializeOwned> Future for Call<T> {
@@ -678,10 +673,9 @@ impl<T: DeserializeOwned> Future for Call<T> {
         // One reply is all: the rest of a stream is cancelled.
         caller.end();
         outcome?;
-        let format = caller.format();
         Poll::Ready(match reply {
-            Some(reply) => decode(&reply, format),
-            None => Payload::null(format).decode().map_err(|_| CallError::NoValue),
+            Some(reply) => decode(&reply),
+            None => Payload::null(caller.format()).decode().map_err(|_| CallError::NoValue),
         })
     }
 }
@@ -715,7 +709,7 @@ impl<T: DeserializeOwned> Stream for ReplyStream<T> {
         let caller = &mut self.caller;
         let mut reply = None;
         std::task::ready!(caller.poll_reply(CallKind::Stream, cx, &mut reply))?;
-        Poll::Ready(reply.map(|reply| decode(&reply, caller.format())))
+        Poll::Ready(reply.map(|reply| decode(&reply)))
     }
 }
 
@@ -913,7 +907,7 @@ impl Handler<SendMessage> for ClientActor {
             let format = call.caller.format();
             let mut reply = None;
             std::future::poll_fn(|cx| call.caller.poll_reply(CallKind::Single, cx, &mut reply)).await?;
-            Ok(reply.map_or_else(|| Payload::null(format), |reply| reply.into_payload(format)))
+            Ok(reply.unwrap_or_else(|| Payload::null(format)))
         })
     }
 }

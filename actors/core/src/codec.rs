@@ -3,10 +3,11 @@
 //! Packets to bytes and back.
 
 use std::fmt;
+use std::ops::Range;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-use crate::json::{self, Members};
+use crate::json::{self, Members, Span};
 use crate::msgpack;
 pub use crate::packet::{INTERNAL_ERROR_TEXT, NO_HANDLER_TEXT};
 use crate::packet::{
@@ -37,16 +38,7 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     ///
     /// [`CodecError::Json`] or [`CodecError::MessagePack`] if the frame is not one value; see
     /// [`CodecError::is_malformed`].
-    fn decode_request(&self, frame: &Bytes) -> Result<IncomingPacket, CodecError>;
-
-    /// As [`Codec::decode_request`], for a frame that is not needed any more: the payload can take it over.
-    ///
-    /// # Errors
-    ///
-    /// As [`Codec::decode_request`].
-    fn decode_request_owned(&self, frame: Bytes) -> Result<IncomingPacket, CodecError> {
-        self.decode_request(&frame)
-    }
+    fn decode_request(&self, frame: Frame<'_>) -> Result<IncomingPacket, CodecError>;
 
     /// Writes a request or an event, members in the order `pattern`, `data`, `metadata`, `id`.
     ///
@@ -81,16 +73,7 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     ///
     /// [`CodecError::Json`] or [`CodecError::MessagePack`] if the frame is not one value; see
     /// [`CodecError::is_malformed`].
-    fn decode_response(&self, frame: &Bytes) -> Result<ResponsePacket, CodecError>;
-
-    /// As [`Codec::decode_response`], for a frame that is not needed any more: the payload can take it over.
-    ///
-    /// # Errors
-    ///
-    /// As [`Codec::decode_response`].
-    fn decode_response_owned(&self, frame: Bytes) -> Result<ResponsePacket, CodecError> {
-        self.decode_response(&frame)
-    }
+    fn decode_response(&self, frame: Frame<'_>) -> Result<ResponsePacket, CodecError>;
 
     /// Reads a reply that is one short value, the last one, to a request of ours: such replies need no memory of
     /// their own. `None` for any other, and wherever it is not certain: [`Codec::decode_response`] is asked then.
@@ -147,63 +130,140 @@ impl CodecError {
 const REQUEST: [&str; 4] = ["pattern", "data", "id", "metadata"];
 const RESPONSE: [&str; 5] = ["id", "err", "response", "isDisposed", "status"];
 
-// === Shared reading ===
+// === What is read ===
 
-fn into_payload(mut frame: Bytes, format: Format, span: json::Span) -> Payload {
-    frame.truncate(span.end);
-    frame.advance(span.start);
-    Payload::new(format, frame)
+/// The bytes of one message, to be taken apart: what is short is copied out of them, what is long shares them.
+///
+/// They may still stand at the front of a transporter's buffer. Only when something shares them are they split off
+/// it; in any case they have left it when the frame is dropped.
+#[derive(Debug)]
+pub struct Frame<'a> {
+    /// Where it still stands, and the bytes of it there.
+    buffered: Option<(&'a mut BytesMut, Range<usize>)>,
+    own: Bytes,
 }
 
-fn request(frame: Bytes, format: Format, members: Members<4>) -> IncomingPacket {
+impl<'a> Frame<'a> {
+    /// The message at `body` of a buffer; what stands before it leaves the buffer, too.
+    ///
+    /// # Panics
+    ///
+    /// If `body` is not inside the buffer.
+    pub fn in_buffer(buf: &'a mut BytesMut, body: Range<usize>) -> Self {
+        assert!(body.start <= body.end && body.end <= buf.len(), "the message is not in the buffer");
+        Self { buffered: Some((buf, body)), own: Bytes::new() }
+    }
+
+    /// The bytes at `span`.
+    ///
+    /// # Panics
+    ///
+    /// If `span` is not inside the message.
+    pub fn raw(&mut self, span: Range<usize>) -> Raw {
+        match self.short(&span) {
+            Some(short) => short,
+            None => Raw::from(self.share().slice(span)),
+        }
+    }
+
+    /// The bytes at `span`, when nothing else is wanted.
+    fn into_raw(mut self, span: Range<usize>) -> Raw {
+        if let Some(short) = self.short(&span) {
+            return short;
+        }
+        // It takes the whole over: one reference is all that it needs.
+        let mut bytes = std::mem::take(self.share());
+        bytes.truncate(span.end);
+        bytes.advance(span.start);
+        Raw::from(bytes)
+    }
+
+    fn short(&self, span: &Range<usize>) -> Option<Raw> {
+        match &self.buffered {
+            Some((buf, body)) => Raw::inline_in(buf, body.start + span.start..body.start + span.end),
+            None => Raw::inline_in(&self.own, span.clone()),
+        }
+    }
+
+    fn share(&mut self) -> &mut Bytes {
+        if let Some((buf, body)) = self.buffered.take() {
+            buf.advance(body.start);
+            self.own = buf.split_to(body.len()).freeze();
+        }
+        &mut self.own
+    }
+}
+
+impl std::ops::Deref for Frame<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match &self.buffered {
+            Some((buf, body)) => &buf[body.clone()],
+            None => &self.own,
+        }
+    }
+}
+
+impl Drop for Frame<'_> {
+    fn drop(&mut self) {
+        if let Some((buf, body)) = &mut self.buffered {
+            buf.advance(body.end);
+        }
+    }
+}
+
+impl From<Bytes> for Frame<'_> {
+    fn from(bytes: Bytes) -> Self {
+        Self { buffered: None, own: bytes }
+    }
+}
+
+impl From<&Bytes> for Frame<'_> {
+    fn from(bytes: &Bytes) -> Self {
+        Self::from(bytes.clone())
+    }
+}
+
+fn request(mut frame: Frame<'_>, format: Format, members: Members<4>) -> IncomingPacket {
     let [pattern, data, id, metadata] = members.spans;
     if pattern.is_none() && data.is_none() {
-        return IncomingPacket {
-            pattern: None,
-            data: Some(into_payload(frame, format, members.value)),
-            id: None,
-            metadata: None,
-        };
+        let data = Payload::new(format, frame.into_raw(members.value));
+        return IncomingPacket { pattern: None, data: Some(data), id: None, metadata: None };
     }
     IncomingPacket {
-        pattern: pattern.map(|span| Raw::slice(&frame, span)),
-        id: id.map(|span| Raw::slice(&frame, span)),
-        metadata: metadata.map(|span| Payload::new(format, frame.slice(span))),
-        // The frame itself becomes the data: one reference is all a request needs.
-        data: data.map(|span| into_payload(frame, format, span)),
+        pattern: pattern.map(|span| frame.raw(span)),
+        id: id.map(|span| frame.raw(span)),
+        metadata: metadata.map(|span| Payload::new(format, frame.raw(span))),
+        data: data.map(|span| Payload::new(format, frame.into_raw(span))),
     }
 }
 
-fn response(frame: &Bytes, format: Format, members: Members<5>, rules: &ValueRules) -> ResponsePacket {
-    let payload = |span| Payload::new(format, frame.slice(span));
-    if !members.is_object || members.has_others || members.is_empty_object() {
-        let [id, ..] = members.spans;
-        return ResponsePacket {
-            id: id.map(|span| Raw::slice(frame, span)),
-            status: None,
-            body: ResponseBody::Last(Some(payload(members.value))),
-            foreign: true,
-        };
-    }
+fn response(mut frame: Frame<'_>, format: Format, members: Members<5>, rules: &ValueRules) -> ResponsePacket {
+    let payload = |frame: Frame<'_>, span| Payload::new(format, frame.into_raw(span));
+    let foreign = !members.is_object || members.has_others || members.is_empty_object();
     let [id, err, value, disposed, status] = members.spans;
-    let truthy = |span: &json::Span| (rules.truthy)(&frame[span.clone()]);
+    let id = id.map(|span| frame.raw(span));
+    if foreign {
+        let body = ResponseBody::Last(Some(payload(frame, members.value)));
+        return ResponsePacket { id, status: None, body, foreign: true };
+    }
+    let status = status.map(|span| frame.raw(span));
+    let truthy = |span: &Span| (rules.truthy)(&frame[span.clone()]);
     let body = match (err.filter(truthy), disposed.filter(truthy)) {
         (Some(err), _) if (rules.is_no_handler)(&frame[err.clone()]) => ResponseBody::NoHandler,
-        (Some(err), _) => ResponseBody::Error(payload(err)),
-        (None, Some(_)) => ResponseBody::Last(value.map(payload)),
-        (None, None) => ResponseBody::Item(value.map_or_else(|| Payload::null(format), payload)),
+        (Some(err), _) => ResponseBody::Error(payload(frame, err)),
+        (None, Some(_)) => ResponseBody::Last(value.map(|value| payload(frame, value))),
+        (None, None) => {
+            ResponseBody::Item(value.map_or_else(|| Payload::null(format), |value| payload(frame, value)))
+        }
     };
-    ResponsePacket {
-        id: id.map(|span| Raw::slice(frame, span)),
-        status: status.map(|span| Raw::slice(frame, span)),
-        body,
-        foreign: false,
-    }
+    ResponsePacket { id, status, body, foreign: false }
 }
 
 /// The spans of the value and the id of a reply that is written as NestJS and Martlet write nearly all of theirs:
 /// one value, the last one, and an id of ours. What this does not know is read member by member.
-fn usual_response(frame: &[u8]) -> Option<(json::Span, PacketId)> {
+fn usual_response(frame: &[u8]) -> Option<(Span, PacketId)> {
     const HEAD: &[u8] = b"{\"response\":";
     const MIDDLE: &[u8] = b",\"isDisposed\":true,\"id\":";
     let id = frame.len().checked_sub(PacketId::LEN + 3)?;
@@ -281,11 +341,7 @@ impl Codec for JsonCodec {
         true
     }
 
-    fn decode_request(&self, frame: &Bytes) -> Result<IncomingPacket, CodecError> {
-        self.decode_request_owned(frame.clone())
-    }
-
-    fn decode_request_owned(&self, frame: Bytes) -> Result<IncomingPacket, CodecError> {
+    fn decode_request(&self, frame: Frame<'_>) -> Result<IncomingPacket, CodecError> {
         let members = match json::nest_request(&frame) {
             Some(members) => members,
             None => json::members(&frame, &REQUEST).map_err(CodecError::Json)?,
@@ -321,24 +377,20 @@ impl Codec for JsonCodec {
         Ok(())
     }
 
-    fn decode_response(&self, frame: &Bytes) -> Result<ResponsePacket, CodecError> {
-        self.decode_response_owned(frame.clone())
-    }
-
     fn decode_short_response(&self, frame: &[u8]) -> Option<ShortReply> {
         let (value, id) = usual_response(frame)?;
-        Some(ShortReply { id, value: Raw::inline_in(frame, value)? })
+        Some(ShortReply { id, value: Payload::new(Format::Json, Raw::inline_in(frame, value)?) })
     }
 
-    fn decode_response_owned(&self, frame: Bytes) -> Result<ResponsePacket, CodecError> {
+    fn decode_response(&self, mut frame: Frame<'_>) -> Result<ResponsePacket, CodecError> {
         if let Some((value, _)) = usual_response(&frame) {
             let end = frame.len() - 1;
-            let id = Raw::slice(&frame, end - PacketId::LEN - 2..end);
-            let body = ResponseBody::Last(Some(into_payload(frame, Format::Json, value)));
+            let id = frame.raw(end - PacketId::LEN - 2..end);
+            let body = ResponseBody::Last(Some(Payload::new(Format::Json, frame.into_raw(value))));
             return Ok(ResponsePacket { id: Some(id), status: None, body, foreign: false });
         }
         let members = json::members(&frame, &RESPONSE).map_err(CodecError::Json)?;
-        Ok(response(&frame, Format::Json, members, &JSON_RULES))
+        Ok(response(frame, Format::Json, members, &JSON_RULES))
     }
 
     fn encode_response(
@@ -431,9 +483,9 @@ impl Codec for MessagePackCodec {
         false
     }
 
-    fn decode_request(&self, frame: &Bytes) -> Result<IncomingPacket, CodecError> {
-        let members = msgpack::members(frame, &REQUEST).map_err(CodecError::MessagePack)?;
-        Ok(request(frame.clone(), Format::MessagePack, members))
+    fn decode_request(&self, frame: Frame<'_>) -> Result<IncomingPacket, CodecError> {
+        let members = msgpack::members(&frame, &REQUEST).map_err(CodecError::MessagePack)?;
+        Ok(request(frame, Format::MessagePack, members))
     }
 
     fn encode_request(&self, packet: &OutgoingPacket<'_>, out: &mut BytesMut) -> Result<(), CodecError> {
@@ -469,8 +521,8 @@ impl Codec for MessagePackCodec {
         Ok(())
     }
 
-    fn decode_response(&self, frame: &Bytes) -> Result<ResponsePacket, CodecError> {
-        let members = msgpack::members(frame, &RESPONSE).map_err(CodecError::MessagePack)?;
+    fn decode_response(&self, frame: Frame<'_>) -> Result<ResponsePacket, CodecError> {
+        let members = msgpack::members(&frame, &RESPONSE).map_err(CodecError::MessagePack)?;
         Ok(response(frame, Format::MessagePack, members, &MESSAGE_PACK_RULES))
     }
 

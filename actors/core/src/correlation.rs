@@ -25,7 +25,7 @@ use crate::error::{CallError, RemoteError, SessionError, SessionErrorKind, Share
 use crate::packet::{Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::Route;
 use crate::payload::Payload;
-use crate::pending::{Deadlines, Patterns, Reply};
+use crate::pending::{Deadlines, Patterns};
 use crate::session::SessionControl;
 use crate::transport::{OutboundMessage, PacketId};
 
@@ -196,7 +196,7 @@ impl ClientCore {
         &self,
         key: CallKey,
         cx: &mut Context<'_>,
-        into: &mut Option<Reply>,
+        into: &mut Option<Payload>,
     ) -> Poll<Result<Next, Box<CallError>>> {
         let mut state = self.state.lock();
         let Some(entry) = state.calls.get_mut(key) else {
@@ -422,7 +422,7 @@ impl ClientCore {
             ResponseBody::Item(payload) => self.on_item(state, key, payload),
             ResponseBody::Last(payload) => {
                 if let Some(payload) = payload {
-                    entry.replies.push_back(Reply::Long(payload));
+                    entry.replies.push_back(payload);
                 }
                 state.end(key, Ok(()));
             }
@@ -443,7 +443,7 @@ impl ClientCore {
         for reply in replies.drain(..) {
             let key = self.key_of(reply.id);
             let Some((key, entry)) = state.waiting(key) else { continue };
-            entry.replies.push_back(Reply::Short(reply.value));
+            entry.replies.push_back(reply.value);
             state.end(key, Ok(()));
         }
     }
@@ -457,7 +457,7 @@ impl ClientCore {
             state.end(key, Err(CallError::Overloaded { bound: "max_buffered_replies", limit }));
             return;
         }
-        entry.replies.push_back(Reply::Long(payload));
+        entry.replies.push_back(payload);
         let waker = entry.waker.take();
         // Each reply of a stream begins its time anew; what the timer waits for is earlier, mostly.
         if entry.kind == CallKind::Stream

@@ -599,7 +599,7 @@ mod tests {
             (r#"["b","a"]"#, r#"["b","a"]"#),
             (r#""text""#, r#"{"status":"error","message":"text"}"#),
         ] {
-            let remote = RemoteError::new(Payload::new(Format::Json, came.into()));
+            let remote = RemoteError::new(Payload::new(Format::Json, bytes::Bytes::from(came)));
             assert_eq!(remote.into_rpc_error().to_json(), goes);
         }
     }

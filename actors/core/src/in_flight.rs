@@ -25,7 +25,7 @@ use crate::retry::{Attempt, Retrial};
 use crate::route::RouteTable;
 use crate::session::{Abandoned, SessionControl};
 use crate::settlement::LastResort;
-use crate::transport::{Outbound, Settlement, TransportInfo};
+use crate::transport::{Response, Settlement, TransportInfo};
 
 /// How many packets may wait in the out-queue before streams wait.
 const MAX_QUEUED_PACKETS: usize = 1024;
@@ -44,7 +44,7 @@ pub(crate) struct Inner<R> {
     pub(crate) slots: HashMap<RequestKey, Slot<R>, BuildHasherDefault<Spread>>,
     /// The token of a request that is called in place, if it was asked for.
     called: Option<(RequestKey, Cancellation)>,
-    pub(crate) out: Vec<Outbound<R>>,
+    pub(crate) out: Vec<Owed<R>>,
     /// Slots whose handlers failed and are to be tried again.
     pub(crate) retries: Vec<RequestKey>,
     pub(crate) congested: bool,
@@ -96,10 +96,16 @@ pub(crate) struct End {
     pub(crate) failed: bool,
 }
 
+/// What is to be written.
+pub(crate) enum Owed<R> {
+    Response(Response<R>),
+    Settle { delivery: R, settlement: Settlement },
+}
+
 /// What the end of a request leaves to be written.
 pub(crate) struct LastWords<R> {
-    pub(crate) response: Option<Outbound<R>>,
-    pub(crate) settle: Option<Outbound<R>>,
+    pub(crate) response: Option<Response<R>>,
+    pub(crate) settle: Option<(R, Settlement)>,
 }
 
 /// Who works on a request that was not ready at once.
@@ -249,11 +255,10 @@ impl<R: Clone> Slot<R> {
     /// Its last words. It is of no use afterwards.
     pub(crate) fn close(&mut self, end: End, settles: bool, closed: bool) -> LastWords<R> {
         let settlement = (settles && !closed).then(|| self.settlement());
-        let settle =
-            settlement.map(|settlement| Outbound::Settle { delivery: self.reply_to.clone(), settlement });
+        let settle = settlement.map(|settlement| (self.reply_to.clone(), settlement));
         let speak = self.kind == MessageKind::Request && !self.cancelled && !closed;
         let End { body, headers, .. } = end;
-        let response = speak.then(|| Outbound::Response {
+        let response = speak.then(|| Response {
             reply_to: self.reply_to.clone(),
             id: std::mem::take(&mut self.id),
             body,
@@ -295,7 +300,7 @@ impl<R: Clone> Inner<R> {
             slot.spoke = true;
             if slot.kind == MessageKind::Request && !slot.cancelled && !closed {
                 let (reply_to, id) = (slot.reply_to.clone(), slot.id.clone());
-                self.out.push(Outbound::Response { reply_to, id, body, headers });
+                self.out.push(Owed::Response(Response { reply_to, id, body, headers }));
             }
             return false;
         }
@@ -309,8 +314,8 @@ impl<R: Clone> Inner<R> {
         let LastWords { response, settle } = slot.close(End { body, headers, failed }, settles, closed);
         self.slots.remove(&key);
         // The answer, then the acknowledgement.
-        self.out.extend(response);
-        self.out.extend(settle);
+        self.out.extend(response.map(Owed::Response));
+        self.out.extend(settle.map(|(delivery, settlement)| Owed::Settle { delivery, settlement }));
         true
     }
 }
@@ -392,7 +397,7 @@ impl<R: Clone + Send + 'static> Shared<R> {
             let slot = inner.remove(key)?;
             self.control.answered.add(1);
             let settlement = slot.settlement();
-            inner.out.push(Outbound::Settle { delivery: slot.reply_to, settlement });
+            inner.out.push(Owed::Settle { delivery: slot.reply_to, settlement });
             drop(inner);
             self.control.wake();
             return None;

@@ -19,9 +19,11 @@ use std::ops::Range;
 
 use std::cell::{Cell, RefCell};
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{BufMut, BytesMut};
 use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter};
+
+use crate::packet::Raw;
 
 // === Writing ===
 
@@ -56,7 +58,7 @@ pub fn to_vec<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, serde_json::E
     Ok(out)
 }
 
-/// How much [`to_bytes`] allocates at once for the small values that follow each other.
+/// How much [`to_raw`] allocates at once for the small values that follow each other.
 const SCRATCH_BYTES: usize = 4096;
 
 /// Where a value is written, and what the bytes of small ones are cut from.
@@ -69,39 +71,42 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { out: Vec::new(), pool: None }) };
 }
 
-/// Serializes `value` to bytes, spelled as JavaScript would. Small values of one thread share allocations of
-/// 4 KiB.
+/// Serializes `value`, spelled as JavaScript would. Small values of one thread share allocations of 4 KiB, if they need
+/// any.
 ///
 /// # Errors
 ///
 /// As [`to_vec`].
-pub fn to_bytes<T: Serialize + ?Sized>(value: &T) -> Result<Bytes, serde_json::Error> {
+pub(crate) fn to_raw<T: Serialize + ?Sized>(value: &T) -> Result<Raw, serde_json::Error> {
     SCRATCH.with(|scratch| match scratch.try_borrow_mut() {
-        Ok(mut scratch) => scratch.bytes_of(value),
+        Ok(mut scratch) => scratch.raw_of(value),
         // Serializing runs foreign code, which may come back here.
-        Err(_) => to_vec(value).map(Bytes::from),
+        Err(_) => to_vec(value).map(Raw::from),
     })
 }
 
 impl Scratch {
-    fn bytes_of<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<Bytes, serde_json::Error> {
+    fn raw_of<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<Raw, serde_json::Error> {
         // The last value may have failed, or panicked, half-way.
         self.out.clear();
         self.out.shrink_to(SCRATCH_BYTES);
         value.serialize(&mut serde_json::Serializer::with_formatter(&mut self.out, JsFormatter))?;
+        if let Some(short) = Raw::inline(&self.out) {
+            return Ok(short);
+        }
         let len = self.out.len();
         if len > SCRATCH_BYTES {
-            return Ok(Bytes::from(std::mem::take(&mut self.out)));
+            return Ok(Raw::from(std::mem::take(&mut self.out)));
         }
         if len > SCRATCH_BYTES / 16 {
-            return Ok(Bytes::copy_from_slice(&self.out));
+            return Ok(Raw::from(self.out.clone()));
         }
         let pool = match &mut self.pool {
             Some(pool) if pool.capacity() >= len => pool,
             pool => pool.insert(BytesMut::with_capacity(SCRATCH_BYTES)),
         };
         pool.put_slice(&self.out);
-        Ok(pool.split().freeze())
+        Ok(Raw::from(pool.split().freeze()))
     }
 }
 
@@ -951,17 +956,17 @@ mod tests {
         impl Serialize for Inside {
             fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 // Runs in the middle of the array around it.
-                let inner = to_bytes(&[1, 2]).map_err(S::Error::custom)?;
+                let inner = to_raw(&[1, 2]).map_err(S::Error::custom)?;
                 if self.0 { inner.len().serialize(serializer) } else { Err(S::Error::custom("no")) }
             }
         }
-        assert_eq!(to_bytes(&[Inside(true), Inside(true)]).unwrap(), "[5,5]");
-        assert!(to_bytes(&[Inside(true), Inside(false)]).is_err());
-        assert_eq!(to_bytes("a").unwrap(), "\"a\"");
-        for len in [SCRATCH_BYTES / 16, SCRATCH_BYTES / 16 + 1, SCRATCH_BYTES, SCRATCH_BYTES + 1] {
+        assert_eq!(&*to_raw(&[Inside(true), Inside(true)]).unwrap(), b"[5,5]");
+        assert!(to_raw(&[Inside(true), Inside(false)]).is_err());
+        assert_eq!(&*to_raw("a").unwrap(), b"\"a\"");
+        for len in [32, 33, SCRATCH_BYTES / 16, SCRATCH_BYTES / 16 + 1, SCRATCH_BYTES, SCRATCH_BYTES + 1] {
             let text = "x".repeat(len - 2);
-            let bytes = to_bytes(&text).unwrap();
-            assert_eq!(bytes, to_vec(&text).unwrap());
+            let bytes = to_raw(&text).unwrap();
+            assert_eq!(*bytes, to_vec(&text).unwrap());
             assert_eq!(bytes.len(), len);
         }
     }

@@ -24,7 +24,7 @@ pub const INTERNAL_ERROR_TEXT: &str = "Internal server error";
 /// How long a value a [`Raw`] holds without sharing the frame it came in.
 const RAW_INLINE: usize = 32;
 
-/// The raw bytes of one short value of a packet (an id, a pattern), to be looked up or echoed as they are. Short
+/// The raw bytes of one value of a packet (an id, a pattern, a payload), to be looked up, echoed or decoded. Short
 /// ones are copied, which costs less than counting references; long ones share the frame.
 #[derive(Clone)]
 pub struct Raw(RawBytes);
@@ -76,6 +76,18 @@ impl Raw {
         }
     }
 
+    /// The bytes at `span` of this one.
+    ///
+    /// # Panics
+    ///
+    /// If `span` is not inside it.
+    pub(crate) fn part(&self, span: std::ops::Range<usize>) -> Self {
+        match &self.0 {
+            RawBytes::Inline(inline) => Raw(RawBytes::Inline(Inline::cut(inline.bytes(), span))),
+            RawBytes::Shared(bytes) => Self::slice(bytes, span),
+        }
+    }
+
     /// A copy of the value at `span` of a frame, if it is short.
     pub(crate) fn inline_in(frame: &[u8], span: std::ops::Range<usize>) -> Option<Self> {
         (span.len() <= RAW_INLINE).then(|| Raw(RawBytes::Inline(Inline::cut(frame, span))))
@@ -107,6 +119,12 @@ impl Default for Raw {
 impl From<Bytes> for Raw {
     fn from(bytes: Bytes) -> Self {
         Self::inline(&bytes).unwrap_or(Raw(RawBytes::Shared(bytes)))
+    }
+}
+
+impl From<Vec<u8>> for Raw {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self::inline(&bytes).unwrap_or_else(|| Raw(RawBytes::Shared(Bytes::from(bytes))))
     }
 }
 
@@ -215,8 +233,8 @@ pub struct ResponsePacket {
 pub struct ShortReply {
     /// The request.
     pub id: PacketId,
-    /// The value, in the format of the codec.
-    pub value: Raw,
+    /// The value.
+    pub value: Payload,
 }
 
 // === Metadata ===
@@ -430,7 +448,7 @@ mod tests {
         let mut metadata: Metadata = [("a", "1"), ("b", "2")].into_iter().collect();
         assert_eq!(metadata.insert("a", "3").as_deref(), Some("1"));
         assert_eq!((metadata.get("a"), metadata.get("x"), metadata.len()), (Some("3"), None, 2));
-        assert_eq!(Payload::encode(Format::Json, &metadata).unwrap().bytes(), r#"{"a":"3","b":"2"}"#);
+        assert_eq!(Payload::encode(Format::Json, &metadata).unwrap().bytes(), br#"{"a":"3","b":"2"}"#);
         assert_eq!(metadata.size_bytes(), 4);
         assert!(metadata.fits(2, 4) && !metadata.fits(1, 4) && !metadata.fits(2, 3));
         assert_eq!(metadata.remove("a").as_deref(), Some("3"));

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::packet::Raw;
 use crate::{json, msgpack};
 
 /// The encoding of a [`Payload`].
@@ -68,14 +69,15 @@ impl fmt::Display for Format {
     }
 }
 
-/// One value, still in its wire form. Cheap to clone: clones share the bytes.
+/// One value, still in its wire form. Cheap to clone: a short one (32 bytes) is copied, clones of a longer one share its
+/// bytes.
 ///
 /// The runtime hands payloads on without looking inside; they are decoded when a handler or a caller asks for a
 /// type.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Payload {
     format: Format,
-    bytes: Bytes,
+    bytes: Raw,
 }
 
 impl Payload {
@@ -83,8 +85,8 @@ impl Payload {
     ///
     /// The bytes are trusted: they are written to the wire as they are. Reading a payload of broken bytes gives
     /// errors, never a panic.
-    pub fn new(format: Format, bytes: Bytes) -> Self {
-        Payload { format, bytes }
+    pub fn new(format: Format, bytes: impl Into<Raw>) -> Self {
+        Payload { format, bytes: bytes.into() }
     }
 
     /// Encodes a value. JSON is spelled as JavaScript would (see [`json::JsFormatter`]); structs become maps in
@@ -95,7 +97,7 @@ impl Payload {
     /// [`EncodeError`] if `value` cannot be expressed in the format.
     pub fn encode<T: Serialize + ?Sized>(format: Format, value: &T) -> Result<Self, EncodeError> {
         let bytes = match format {
-            Format::Json => json::to_bytes(value).map_err(|source| EncodeError::new(format, source))?,
+            Format::Json => json::to_raw(value).map_err(|source| EncodeError::new(format, source))?,
             Format::MessagePack => {
                 rmp_serde::to_vec_named(value).map_err(|source| EncodeError::new(format, source))?.into()
             }
@@ -105,11 +107,11 @@ impl Payload {
 
     /// The value null.
     pub fn null(format: Format) -> Self {
-        let bytes = match format {
-            Format::Json => Bytes::from_static(b"null"),
-            Format::MessagePack => Bytes::from_static(&[msgpack::NIL]),
+        let bytes: &'static [u8] = match format {
+            Format::Json => b"null",
+            Format::MessagePack => &[msgpack::NIL],
         };
-        Payload { format, bytes }
+        Payload::new(format, Bytes::from_static(bytes))
     }
 
     /// Decodes the value into `T`.
@@ -130,7 +132,7 @@ impl Payload {
         self.format.decode(&self.bytes)
     }
 
-    /// The member `name` of a top-level object, sharing the bytes. `None` if the member is missing or the value
+    /// The member `name` of a top-level object; a long one shares the bytes. `None` if the member is missing or the value
     /// is not an object; the last of duplicates wins.
     ///
     /// # Errors
@@ -143,7 +145,7 @@ impl Payload {
             Format::MessagePack => msgpack::member(&self.bytes, name)
                 .map_err(|error| DecodeError::at(self.format, error.offset, error))?,
         };
-        Ok(span.map(|span| Payload { format: self.format, bytes: self.bytes.slice(span) }))
+        Ok(span.map(|span| Payload { format: self.format, bytes: self.bytes.part(span) }))
     }
 
     /// Whether this is the value null.
@@ -160,12 +162,17 @@ impl Payload {
     }
 
     /// The bytes.
-    pub fn bytes(&self) -> &Bytes {
+    pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// The bytes, without the wrapper.
+    /// The bytes, without the wrapper. Those of a short value are copied.
     pub fn into_bytes(self) -> Bytes {
+        self.bytes.into()
+    }
+
+    /// The bytes as a value of a packet.
+    pub fn into_raw(self) -> Raw {
         self.bytes
     }
 
@@ -203,7 +210,7 @@ impl Payload {
                 msgpack::to_json(&self.bytes).map_err(|source| EncodeError { format: to, source })?
             }
         };
-        Ok(Payload { format: to, bytes: Bytes::from(bytes) })
+        Ok(Payload::new(to, bytes))
     }
 }
 
@@ -336,7 +343,7 @@ mod tests {
     fn numbers_no_float_holds_are_refused() {
         check_refused::<f64>(&text("1e400"), (None, Some(4)));
         check_decode("1e-400", 0.0);
-        assert_eq!(text(r#"{"a":1e400,"b":2}"#).property("a").unwrap().unwrap().bytes(), "1e400");
+        assert_eq!(text(r#"{"a":1e400,"b":2}"#).property("a").unwrap().unwrap().bytes(), b"1e400");
     }
 
     #[test]
@@ -375,7 +382,7 @@ mod tests {
         assert!(packed.decode::<User>().is_err());
         let mut trailing = Payload::encode(Format::MessagePack, &1).unwrap().into_bytes().to_vec();
         trailing.push(1);
-        check_refused::<u8>(&Payload::new(Format::MessagePack, trailing.into()), (None, Some(1)));
+        check_refused::<u8>(&Payload::new(Format::MessagePack, trailing), (None, Some(1)));
     }
 
     #[test]
@@ -385,17 +392,21 @@ mod tests {
         assert_eq!(text(&deep).property("x").unwrap(), None);
         assert!(text(&deep).transcode(Format::MessagePack).is_err());
         let packed = [vec![0x91; 100_000], vec![0xc0]].concat();
-        let packed = Payload::new(Format::MessagePack, packed.into());
+        let packed = Payload::new(Format::MessagePack, packed);
         assert!(packed.decode::<serde::de::IgnoredAny>().is_err());
         assert!(packed.transcode(Format::Json).is_err());
     }
 
     #[test]
-    fn properties_share_the_bytes() {
+    fn long_properties_share_the_bytes_and_short_ones_are_copied() {
         for format in [Format::Json, Format::MessagePack] {
-            let whole = Payload::encode(format, &json!({"a": {"b": [1, "x"]}, "c": null})).unwrap();
+            let long = json!({"b": [1, "x"], "d": "y".repeat(32)});
+            let whole = Payload::encode(format, &json!({"a": long, "c": null})).unwrap();
             let a = whole.property("a").unwrap().unwrap();
-            assert_eq!(a.to_value().unwrap(), json!({"b": [1, "x"]}));
+            assert_eq!(a.to_value().unwrap(), long);
+            let b = a.property("b").unwrap().unwrap();
+            assert_eq!(b.to_value().unwrap(), json!([1, "x"]));
+            assert_eq!(b.property("x").unwrap(), None);
             let place = |payload: &Payload| payload.bytes().as_ptr() as usize;
             assert!((place(&whole)..place(&whole) + whole.bytes().len()).contains(&place(&a)));
             assert!(whole.property("c").unwrap().unwrap().is_null());

@@ -8,38 +8,22 @@ use slab::Slab;
 use tokio::time::Instant;
 
 use crate::calls::CallKey;
-use crate::packet::Raw;
 use crate::pattern::{Pattern, Route};
-use crate::payload::{Format, Payload};
-
-/// A reply that waits to be read.
-pub(crate) enum Reply {
-    Short(Raw),
-    Long(Payload),
-}
-
-impl Reply {
-    pub(crate) fn into_payload(self, format: Format) -> Payload {
-        match self {
-            Self::Short(raw) => Payload::new(format, raw.into()),
-            Self::Long(payload) => payload,
-        }
-    }
-}
+use crate::payload::Payload;
 
 /// Replies that wait to be read: nearly always one at the most, which costs no allocation.
 #[derive(Default)]
 pub(crate) enum Replies {
     #[default]
     None,
-    One(Reply),
+    One(Payload),
     // Boxed once more, so that an entry is small.
     #[allow(clippy::box_collection)]
-    Many(Box<VecDeque<Reply>>),
+    Many(Box<VecDeque<Payload>>),
 }
 
 impl Replies {
-    pub(crate) fn push_back(&mut self, reply: Reply) {
+    pub(crate) fn push_back(&mut self, reply: Payload) {
         match self {
             Self::None => *self = Self::One(reply),
             Self::Many(replies) => replies.push_back(reply),
@@ -51,7 +35,7 @@ impl Replies {
     }
 
     /// Moves the first one, if there is one.
-    pub(crate) fn pop_into(&mut self, into: &mut Option<Reply>) {
+    pub(crate) fn pop_into(&mut self, into: &mut Option<Payload>) {
         match self {
             Self::None => {}
             Self::Many(replies) => *into = replies.pop_front(),

@@ -24,7 +24,7 @@ use crate::batch::Batch;
 use crate::correlation::{CallKind, ClientCore, Outgoing, Queued};
 use crate::error::SessionError;
 use crate::events::{EventBus, ServiceEvent};
-use crate::in_flight::{End, LastWords, Shared, Slot, SlotRoute};
+use crate::in_flight::{End, LastWords, Owed, Shared, Slot, SlotRoute};
 use crate::packet::{Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::Route;
 use crate::payload::Format;
@@ -35,8 +35,8 @@ use crate::retry::{Attempt, Retrial, RetryQueue};
 use crate::route::{Counter, HandlerRef, RouteTable};
 use crate::settlement::FailurePolicy;
 use crate::transport::{
-    Delivery, Inbound, Outbound, PacketId, PatternKey, Session, SessionReader, SessionWriter, Settlement,
-    Taken, TransportInfo, WriteError,
+    Delivery, Inbound, Outbound, PacketId, PatternKey, Response, Session, SessionReader, SessionWriter,
+    Settlement, Taken, TransportInfo, WriteError,
 };
 
 /// Bounds of one session.
@@ -193,7 +193,7 @@ struct Loop<S: Session> {
     /// Something was written since the last flush.
     unflushed: bool,
     retries: RetryQueue,
-    batch: Vec<Outbound<S::ReplyTo>>,
+    batch: Vec<Owed<S::ReplyTo>>,
     /// A client's calls on their way out, and the replies that this turn has read.
     outgoing: Outgoing,
     replies: Vec<ResponsePacket>,
@@ -406,8 +406,7 @@ impl<S: Session> Loop<S> {
             }
             self.handed_back += 1;
             self.env.control.admitted.add(-1);
-            let settlement = Settlement::HandedBack;
-            self.write(Outbound::Settle { delivery: slot.reply_to, settlement })?;
+            self.settle(slot.reply_to, Settlement::HandedBack)?;
         }
         Ok(())
     }
@@ -453,8 +452,11 @@ impl<S: Session> Loop<S> {
         let failed = std::mem::take(&mut inner.retries);
         drop(inner);
         self.plan_retries(failed);
-        for item in batch.drain(..) {
-            self.write(item)?;
+        for owed in batch.drain(..) {
+            match owed {
+                Owed::Response(response) => self.respond(response)?,
+                Owed::Settle { delivery, settlement } => self.settle(delivery, settlement)?,
+            }
         }
         // Its capacity serves the next round; an idle connection keeps none.
         self.batch = if batch.capacity() <= 4 * READ_BUDGET { batch } else { Vec::new() };
@@ -523,25 +525,38 @@ impl<S: Session> Loop<S> {
 
     fn write(&mut self, item: Outbound<S::ReplyTo>) -> Result<(), SessionError> {
         self.unflushed = true;
-        // What to say instead when this item cannot be said.
-        let instead = match &item {
-            Outbound::Response { reply_to, id, body, .. } if !matches!(body, ResponseBody::NoHandler) => {
-                Some((reply_to.clone(), id.clone()))
-            }
-            _ => None,
-        };
-        match self.writer.write(item) {
-            Ok(()) => Ok(()),
+        let written = self.writer.write(item);
+        self.written(written).map(|_| ())
+    }
+
+    fn settle(&mut self, delivery: S::ReplyTo, settlement: Settlement) -> Result<(), SessionError> {
+        self.write(Outbound::Settle { delivery, settlement })
+    }
+
+    fn respond(&mut self, mut response: Response<S::ReplyTo>) -> Result<(), SessionError> {
+        self.unflushed = true;
+        let written = self.writer.write_response(&mut response);
+        if self.written(written)? || matches!(response.body, ResponseBody::NoHandler) {
+            return Ok(());
+        }
+        // What to say instead.
+        let error = crate::error::RpcError::unexpected("the reply could not be written");
+        response.body = ResponseBody::Error(error.to_payload(self.env.transport.format));
+        response.headers = None;
+        match self.writer.write_response(&mut response) {
+            Err(WriteError::Session(error)) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the writer took it; if not, that is reported.
+    fn written(&self, written: Result<(), WriteError>) -> Result<bool, SessionError> {
+        match written {
+            Ok(()) => Ok(true),
             Err(WriteError::Session(error)) => Err(error),
             Err(WriteError::Item(reason)) => {
                 self.report_bad(format!("a packet could not be written: {reason}"));
-                let Some((reply_to, id)) = instead else { return Ok(()) };
-                let error = crate::error::RpcError::unexpected("the reply could not be written");
-                let body = ResponseBody::Error(error.to_payload(self.env.transport.format));
-                match self.writer.write(Outbound::Response { reply_to, id, body, headers: None }) {
-                    Err(WriteError::Session(error)) => Err(error),
-                    _ => Ok(()),
-                }
+                Ok(false)
             }
         }
     }
@@ -762,7 +777,7 @@ impl<S: Session> Loop<S> {
                         MessageKind::Event => Ok(()),
                         MessageKind::Request => {
                             let id = id.unwrap_or_default();
-                            self.write(Outbound::Response { reply_to, id, body, headers })
+                            self.respond(Response { reply_to, id, body, headers })
                         }
                     }
                 }
@@ -836,9 +851,9 @@ impl<S: Session> Loop<S> {
         let LastWords { response, settle } = slot.close(end, true, false);
         // The answer, then the acknowledgement.
         if let Some(response) = response {
-            self.write(response)?;
+            self.respond(response)?;
         }
-        settle.map_or(Ok(()), |settle| self.write(settle))
+        settle.map_or(Ok(()), |(delivery, settlement)| self.settle(delivery, settlement))
     }
 
     /// Counts a request that needed no slot.
@@ -961,17 +976,12 @@ impl<S: Session> Loop<S> {
             (MessageKind::Request, Some(id)) => {
                 self.env.events.emit(ServiceEvent::NoMessageHandler { transport, pattern });
                 let reply_to = delivery.reply_to.clone();
-                self.write(Outbound::Response {
-                    reply_to,
-                    id,
-                    body: ResponseBody::NoHandler,
-                    headers: None,
-                })?;
+                self.respond(Response { reply_to, id, body: ResponseBody::NoHandler, headers: None })?;
             }
             _ => self.env.events.emit(ServiceEvent::NoEventHandler { transport, pattern }),
         }
         if self.env.transport.settles.is_needed() {
-            self.write(Outbound::Settle { delivery: delivery.reply_to, settlement: Settlement::Unhandled })?;
+            self.settle(delivery.reply_to, Settlement::Unhandled)?;
         }
         Ok(())
     }

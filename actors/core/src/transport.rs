@@ -175,7 +175,7 @@ pub enum Inbound<R> {
     },
 }
 
-/// Everything that can leave on a session.
+/// Everything else than responses that can leave on a session.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Outbound<R> {
@@ -183,17 +183,6 @@ pub enum Outbound<R> {
     Request(OutboundMessage),
     /// An event.
     Event(OutboundMessage),
-    /// One packet of the response to a delivery.
-    Response {
-        /// As received with the delivery.
-        reply_to: R,
-        /// The raw packet id, as received.
-        id: Raw,
-        /// What to say.
-        body: ResponseBody,
-        /// Headers for this packet, where the protocol has them.
-        headers: Option<Headers>,
-    },
     /// How a delivery ended; only for transporters that settle.
     Settle {
         /// As received with the delivery.
@@ -213,6 +202,19 @@ pub enum Outbound<R> {
         /// The route it was sent to.
         route: Route,
     },
+}
+
+/// One packet of the response to a delivery.
+#[derive(Debug)]
+pub struct Response<R> {
+    /// As received with the delivery.
+    pub reply_to: R,
+    /// The raw packet id, as received.
+    pub id: Raw,
+    /// What to say.
+    pub body: ResponseBody,
+    /// Headers for this packet, where the protocol has them.
+    pub headers: Option<Headers>,
 }
 
 /// A request or event to be sent.
@@ -418,6 +420,15 @@ pub trait SessionWriter<R>: 'static {
     ///
     /// [`WriteError::Item`] refuses this item, [`WriteError::Session`] ends the session.
     fn write(&mut self, item: Outbound<R>) -> Result<(), WriteError>;
+
+    /// Takes one packet of a response, as [`write`](Self::write) does. It may take out of it whatever it keeps, once it
+    /// does not refuse it: for a refused one the runtime says, with the same id to the same `reply_to`, that it could
+    /// not be written.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write).
+    fn write_response(&mut self, response: &mut Response<R>) -> Result<(), WriteError>;
 
     /// Takes a request of ours, as [`write`](Self::write) does; the message has no id yet. The runtime calls this one,
     /// because a message of a call that is moved less often is written in less time. Default: `write`.

@@ -13,9 +13,8 @@ use bytes::{Bytes, BytesMut};
 use martlet_core::Headers;
 use martlet_core::codec::Codec;
 use martlet_core::error::SessionError;
-use martlet_core::packet::ResponseBody;
 use martlet_core::transport::{
-    ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Role, Session,
+    ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Response, Role, Session,
     SessionReader, SessionWriter, Settlement, Subscription, Taken, WriteError,
 };
 use tokio::time::Sleep;
@@ -215,16 +214,11 @@ impl Shared {
         }
     }
 
-    fn respond(
-        &mut self,
-        to: &Bytes,
-        id: &[u8],
-        body: &ResponseBody,
-        headers: Option<Headers>,
-    ) -> Result<(), String> {
+    fn respond(&mut self, response: &Response<MqttReplyTo>) -> Result<(), String> {
+        let Response { reply_to: MqttReplyTo { topic: to, .. }, id, body, headers } = response;
         let options = match headers {
             // MQTT-12: a record as a result is honoured.
-            Some(headers) => PublishOptions::read(&headers, &Headers::new(), self.link.version.is_v5())?,
+            Some(headers) => PublishOptions::read(headers, &Headers::new(), self.link.version.is_v5())?,
             None => PublishOptions::default(),
         };
         wire::encode_response(&*self.settings.codec, id, body, &mut self.scratch)?;
@@ -303,7 +297,7 @@ impl Shared {
     }
 
     fn reply(&mut self, publish: &Publish) -> Option<Inbound<MqttReplyTo>> {
-        let packet = match self.settings.codec.decode_response(&publish.payload) {
+        let packet = match self.settings.codec.decode_response((&publish.payload).into()) {
             Ok(packet) => packet,
             Err(error) => {
                 let topic = String::from_utf8_lossy(&publish.topic);
@@ -509,9 +503,6 @@ impl SessionWriter<MqttReplyTo> for MqttWriter {
             Outbound::Request(message) => shared.request(message).map_err(refused),
             // For those that nobody waits for.
             Outbound::Event(message) => shared.event(message, What::Unwatched).map(drop),
-            Outbound::Response { reply_to, id, body, headers } => {
-                shared.respond(&reply_to.topic, &id, &body, headers).map_err(refused)
-            }
             Outbound::Settle { delivery, settlement } => {
                 if let Some(ack) = delivery.ack {
                     match settlement {
@@ -539,6 +530,10 @@ impl SessionWriter<MqttReplyTo> for MqttWriter {
             // Nothing else is ever asked of it.
             _ => Ok(()),
         }
+    }
+
+    fn write_response(&mut self, response: &mut Response<MqttReplyTo>) -> Result<(), WriteError> {
+        self.shared.borrow_mut().respond(response).map_err(refused)
     }
 
     fn write_event(&mut self, message: OutboundMessage, receipt: PacketId) -> Result<Taken, WriteError> {

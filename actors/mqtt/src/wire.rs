@@ -31,7 +31,7 @@ pub(crate) fn encode_request(
 
 /// MQTT-5: reads a request or event. Text that is not JSON is the data of an event, as in NestJS.
 pub(crate) fn decode_request(codec: &dyn Codec, payload: &Bytes) -> Result<IncomingPacket, String> {
-    match codec.decode_request(payload) {
+    match codec.decode_request(payload.into()) {
         Ok(packet) => Ok(packet),
         Err(_) if codec.format() == Format::Json => {
             let text = String::from_utf8_lossy(payload);
@@ -55,7 +55,7 @@ pub(crate) fn encode_response(
 
 /// MQTT-8: whether a payload is a reply of NestJS's form, to whomever.
 pub(crate) fn is_reply(codec: &dyn Codec, payload: &Bytes) -> bool {
-    codec.decode_response(payload).is_ok_and(|packet| !packet.foreign && packet.id.is_some())
+    codec.decode_response(payload.into()).is_ok_and(|packet| !packet.foreign && packet.id.is_some())
 }
 
 /// The id of a reply, if it may be one of ours.

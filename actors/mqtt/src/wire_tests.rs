@@ -63,7 +63,7 @@ fn replies_of_nestjs_are_read_and_written_byte_for_byte() {
     for vector in vectors {
         let (name, body) = (&vector["name"], raw(&vector));
         assert!(vector["topic"].as_str().unwrap().ends_with(crate::topics::REPLY), "{name}");
-        let packet = JsonCodec.decode_response(&body).unwrap();
+        let packet = JsonCodec.decode_response((&body).into()).unwrap();
         assert!(!packet.foreign && is_reply(&JsonCodec, &body), "{name}");
         match vector["kind"].as_str() {
             Some("response-final" | "dispose") => {

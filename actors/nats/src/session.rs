@@ -16,8 +16,8 @@ use martlet_core::error::SessionError;
 use martlet_core::packet::ResponseBody;
 use martlet_core::pattern::Route;
 use martlet_core::transport::{
-    ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Session, SessionReader,
-    SessionWriter, WriteError,
+    ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Response, Session,
+    SessionReader, SessionWriter, WriteError,
 };
 
 use crate::context::NatsContext;
@@ -382,16 +382,11 @@ impl NatsWriter {
         }
     }
 
-    fn response(
-        &mut self,
-        to: Subject,
-        id: &[u8],
-        body: &ResponseBody,
-        headers: Option<Headers>,
-    ) -> Result<(), WireError> {
+    fn response(&mut self, response: &mut Response<NatsReplyTo>) -> Result<(), WireError> {
+        let Response { reply_to, id, body, headers } = response;
         let headers = match headers {
             Some(own) => wire::headers_for(
-                &own,
+                own,
                 &Headers::new(),
                 &martlet_core::Metadata::new(),
                 self.max_header_bytes,
@@ -402,7 +397,9 @@ impl NatsWriter {
         let body = wire::encode_response(&*self.link.settings.codec, id, body, &mut self.buffer)?;
         let size = body.len() + headers.as_ref().map_or(0, wire::header_bytes);
         wire::check_size(size, self.link.client.max_payload())?;
-        self.link.push(to, None, body, headers);
+        if let Some(to) = reply_to.subject.take() {
+            self.link.push(to, None, body, headers);
+        }
         Ok(())
     }
 }
@@ -415,23 +412,6 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
             Outbound::Request(message) => message.id.map_or(Ok(()), |id| self.write_request(message, id)),
             // NATS-3.
             Outbound::Event(mut message) => self.message(&mut message, None, None).map_err(refused),
-            Outbound::Response { reply_to, id, body, headers } => {
-                if let Some((endpoint, since)) = reply_to.watched
-                    && let Some(service) = &self.link.settings.service
-                    && body.is_final()
-                {
-                    let error = match &body {
-                        ResponseBody::Error(error) => Some(&error.bytes()[..]),
-                        _ => None,
-                    };
-                    service.ended(endpoint, since.elapsed(), error);
-                }
-                match reply_to.subject {
-                    Some(to) => self.response(to, &id, &body, headers).map_err(refused),
-                    // It has an id and nowhere to send a reply to, which NestJS ignores, too.
-                    None => Ok(()),
-                }
-            }
             Outbound::Subscribe(subscription) => {
                 if let Err(reason) = wire::check_subject(&subscription.route) {
                     return Err(WriteError::Item(Arc::from(
@@ -465,6 +445,24 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
             // It acknowledges nothing, so nothing else is ever asked of it.
             _ => Ok(()),
         }
+    }
+
+    fn write_response(&mut self, response: &mut Response<NatsReplyTo>) -> Result<(), WriteError> {
+        if response.body.is_final()
+            && let Some(service) = &self.link.settings.service
+            && let Some((endpoint, since)) = response.reply_to.watched.take()
+        {
+            let error = match &response.body {
+                ResponseBody::Error(error) => Some(error.bytes()),
+                _ => None,
+            };
+            service.ended(endpoint, since.elapsed(), error);
+        }
+        if response.reply_to.subject.is_none() {
+            // It has an id and nowhere to send a reply to, which NestJS ignores, too.
+            return Ok(());
+        }
+        self.response(response).map_err(|error| WriteError::Item(Arc::new(error)))
     }
 
     fn write_request(&mut self, mut message: OutboundMessage, id: PacketId) -> Result<(), WriteError> {

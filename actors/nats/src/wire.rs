@@ -143,7 +143,7 @@ pub(crate) fn decode_request(
     if body.is_empty() {
         return Err("the body is empty".to_owned());
     }
-    let mut packet = codec.decode_request(body).map_err(|error| error.to_string())?;
+    let mut packet = codec.decode_request(body.into()).map_err(|error| error.to_string())?;
     if packet.metadata.is_none() && !headers.is_empty() {
         packet.metadata = metadata_of(codec.format(), headers);
     }
@@ -220,7 +220,7 @@ pub(crate) fn decode_response(codec: &dyn Codec, id: &str, status: Option<u16>, 
         return Answer::Nobody;
     }
     let format = codec.format();
-    let mut packet = codec.decode_response(body).unwrap_or_else(|_| ResponsePacket {
+    let mut packet = codec.decode_response(body.into()).unwrap_or_else(|_| ResponsePacket {
         id: None,
         status: None,
         body: ResponseBody::Last(Some(Payload::new(format, body.clone()))),

@@ -16,12 +16,11 @@ use lapin::message::Delivery as Arrived;
 use lapin::options::{BasicAckOptions, BasicNackOptions};
 use lapin::types::{FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Consumer, Event};
-use martlet_core::Headers;
 use martlet_core::error::{RpcError, SessionError};
 use martlet_core::packet::{Raw, ResponseBody, ResponsePacket};
 use martlet_core::transport::{
-    ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Session, SessionReader,
-    SessionWriter, Settlement, Subscription, Taken, WriteError,
+    ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Response, Session,
+    SessionReader, SessionWriter, Settlement, Subscription, Taken, WriteError,
 };
 
 use crate::context::RmqContext;
@@ -445,13 +444,8 @@ impl RmqWriter {
         Ok(())
     }
 
-    fn response(
-        &mut self,
-        to: &RmqContext,
-        id: &Raw,
-        body: &ResponseBody,
-        headers: Option<Headers>,
-    ) -> Result<(), WireError> {
+    fn response(&mut self, response: &Response<RmqReplyTo>) -> Result<(), WireError> {
+        let Response { reply_to: RmqReplyTo { message: to }, id, body, headers } = response;
         let Out::Server(replies) = &mut self.out else { return Ok(()) };
         // RMQ-8: without an address the reply is lost, as in NestJS.
         let Some(address) = to.properties.reply_to().as_ref().filter(|address| !address.as_str().is_empty())
@@ -471,7 +465,7 @@ impl RmqWriter {
         }
         let mut properties = self.base.clone();
         if let Some(own) = headers {
-            properties = wire::with_own(properties, &own, self.limits)?;
+            properties = wire::with_own(properties, own, self.limits)?;
         }
         if let Some(id) = to.properties.correlation_id() {
             properties = properties.with_correlation_id(id.clone());
@@ -597,9 +591,6 @@ impl SessionWriter<RmqReplyTo> for RmqWriter {
             Outbound::Request(message) | Outbound::Event(message) => {
                 self.message(message, None).map_err(refused)
             }
-            Outbound::Response { reply_to, id, body, headers } => {
-                self.response(&reply_to.message, &id, &body, headers).map_err(refused)
-            }
             Outbound::Settle { delivery, settlement } => {
                 self.settle(&delivery.message, settlement);
                 Ok(())
@@ -632,6 +623,10 @@ impl SessionWriter<RmqReplyTo> for RmqWriter {
             // There is no way to tell the one service that has the request.
             _ => Ok(()),
         }
+    }
+
+    fn write_response(&mut self, response: &mut Response<RmqReplyTo>) -> Result<(), WriteError> {
+        self.response(response).map_err(|error| WriteError::Item(Arc::new(error)))
     }
 
     fn write_event(&mut self, message: OutboundMessage, receipt: PacketId) -> Result<Taken, WriteError> {

@@ -121,7 +121,7 @@ pub(crate) fn decode_request(codec: &dyn Codec, body: Bytes) -> Result<IncomingP
     if body.is_empty() {
         return Err("the body is empty".to_owned());
     }
-    codec.decode_request_owned(body).map_err(|error| error.to_string())
+    codec.decode_request(body.into()).map_err(|error| error.to_string())
 }
 
 /// RMQ-8: writes the body of a reply; the bytes are cut off `out`. Only the reply of "no handler" has an id.
@@ -141,7 +141,7 @@ pub(crate) fn encode_response(
 /// no reply of NestJS's form is the call's only value, as text if it is not JSON.
 pub(crate) fn decode_response(codec: &dyn Codec, id: &str, body: &Bytes) -> ResponsePacket {
     let format = codec.format();
-    let mut packet = match codec.decode_response(body) {
+    let mut packet = match codec.decode_response(body.into()) {
         Ok(packet) if !body.is_empty() => packet,
         _ => ResponsePacket {
             id: None,

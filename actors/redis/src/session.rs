@@ -10,10 +10,9 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use martlet_core::error::SessionError;
-use martlet_core::packet::ResponseBody;
 use martlet_core::transport::{
-    ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Session, SessionReader,
-    SessionWriter, Taken, WriteError,
+    ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Response, Session,
+    SessionReader, SessionWriter, Taken, WriteError,
 };
 
 use crate::context::RedisContext;
@@ -174,7 +173,7 @@ impl RedisReader {
             return None;
         }
         let codec = &*link.settings.codec;
-        let packet = match codec.decode_response_owned(body) {
+        let packet = match codec.decode_response(body.into()) {
             Ok(packet) => packet,
             Err(error) => return Some(Inbound::Bad { reason: format!("a reply: {error}") }),
         };
@@ -258,17 +257,13 @@ impl RedisWriter {
         Ok(())
     }
 
-    fn response(
-        &mut self,
-        to: &[u8],
-        id: martlet_core::packet::Raw,
-        body: &ResponseBody,
-    ) -> Result<(), WireError> {
+    fn response(&mut self, response: &Response<RedisReplyTo>) -> Result<(), WireError> {
+        let Response { reply_to, id, body, headers: _ } = response;
         let settings = &self.link.settings;
         let limit = settings.common.max_payload_bytes;
-        wire::encode_response(&*settings.codec, &id, body, limit, &mut self.scratch)?;
-        let note = if body.is_final() { Note::Plain } else { Note::Item(id) };
-        self.link.publisher.borrow_mut().publish(to, &self.scratch, note);
+        wire::encode_response(&*settings.codec, id, body, limit, &mut self.scratch)?;
+        let note = if body.is_final() { Note::Plain } else { Note::Item(id.clone()) };
+        self.link.publisher.borrow_mut().publish(&reply_to.channel, &self.scratch, note);
         Ok(())
     }
 
@@ -286,9 +281,6 @@ impl RedisWriter {
             Outbound::Request(mut message) | Outbound::Event(mut message) => {
                 let id = message.id;
                 self.message(&mut message, id, Note::Plain)
-            }
-            Outbound::Response { reply_to, id, body, headers: _ } => {
-                self.response(&reply_to.channel, id, &body)
             }
             Outbound::Subscribe(subscription) => {
                 let mut subscriber = self.link.subscriber.borrow_mut();
@@ -318,6 +310,11 @@ impl RedisWriter {
 impl SessionWriter<RedisReplyTo> for RedisWriter {
     fn write(&mut self, item: Outbound<RedisReplyTo>) -> Result<(), WriteError> {
         let result = self.put(item);
+        self.written(result)
+    }
+
+    fn write_response(&mut self, response: &mut Response<RedisReplyTo>) -> Result<(), WriteError> {
+        let result = self.response(response);
         self.written(result)
     }
 

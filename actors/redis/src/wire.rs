@@ -110,7 +110,7 @@ fn check_size(size: usize, limit: usize) -> Result<(), WireError> {
 /// REDIS-5, REDIS-6: reads a request or event. A body that is not JSON is an event whose data is the text, as for
 /// NestJS; one that is no text either is an error.
 pub(crate) fn decode_request(codec: &dyn Codec, body: Bytes) -> Result<IncomingPacket, String> {
-    let error = match codec.decode_request_owned(body.clone()) {
+    let error = match codec.decode_request((&body).into()) {
         Ok(packet) => return Ok(packet),
         Err(error) => error,
     };
@@ -124,7 +124,7 @@ pub(crate) fn decode_request(codec: &dyn Codec, body: Bytes) -> Result<IncomingP
 
 /// REDIS-10: whether a body is a reply: it has no member but a reply's.
 pub(crate) fn is_reply(codec: &dyn Codec, body: &Bytes) -> bool {
-    codec.decode_response(body).is_ok_and(|packet| !packet.foreign)
+    codec.decode_response(body.into()).is_ok_and(|packet| !packet.foreign)
 }
 
 /// The text of an id, as a peer sent it.

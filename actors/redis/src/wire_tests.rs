@@ -63,7 +63,7 @@ fn replies_of_nestjs_are_read_and_written_byte_for_byte() {
     assert!(vectors.len() > 100, "{}", vectors.len());
     for vector in vectors {
         let (name, body) = (&vector["name"], raw(&vector));
-        let packet = JsonCodec.decode_response(&body).unwrap();
+        let packet = JsonCodec.decode_response((&body).into()).unwrap();
         assert!(!packet.foreign && is_reply(&JsonCodec, &body), "{name}");
         match vector["kind"].as_str() {
             Some("response-final" | "dispose") => {

@@ -19,11 +19,13 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
-use martlet_core::codec::{Codec, CodecError};
-use martlet_core::packet::{OutgoingPacket, PatternText, ResponseBody, ShortReply};
+use martlet_core::codec::{Codec, CodecError, Frame};
+use martlet_core::packet::{
+    IncomingPacket, OutgoingPacket, PatternText, ResponseBody, ResponsePacket, ShortReply,
+};
 use martlet_core::request::{PEER_KEY, TIMEOUT_KEY};
 use martlet_core::transport::{
-    ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Role, Session,
+    ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Response, Role, Session,
     SessionReader, SessionWriter, WriteError,
 };
 use martlet_core::{Format, Metadata, Payload, Route, SessionError};
@@ -234,6 +236,13 @@ pub struct TcpReader {
     draining: Option<usize>,
 }
 
+/// What a frame holds.
+enum Packet {
+    Arrival(Inbound<()>),
+    /// The other end is Martlet's: nothing for the runtime.
+    Greeting,
+}
+
 impl std::fmt::Debug for TcpReader {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("TcpReader").field("context", &self.context).finish_non_exhaustive()
@@ -247,27 +256,21 @@ impl SessionReader<()> for TcpReader {
                 return Poll::Ready(None);
             }
             if !self.buf.is_empty() {
-                if let Some(reply) = self.short_reply() {
-                    return Poll::Ready(Some(Ok(Inbound::Reply(reply))));
-                }
-                match self.framing.decode(&mut self.buf, &mut self.frame, &self.limits.frame) {
-                    Ok(Some(frame)) => match self.packet(frame) {
-                        Ok(Some(item)) => {
-                            if self.extensions.greet.get() {
-                                // A session writes before it reads, and the handler may be long in answering.
-                                cx.waker().wake_by_ref();
-                            }
-                            return Poll::Ready(Some(Ok(item)));
-                        }
-                        Ok(None) => {
-                            // Cancellations may have waited for the greeting.
+                match self.next_packet() {
+                    Ok(Some(Packet::Arrival(item))) => {
+                        if self.extensions.greet.get() {
+                            // A session writes before it reads, and the handler may be long in answering.
                             cx.waker().wake_by_ref();
-                            continue;
                         }
-                        Err(error) => return self.fault(error.to_string()),
-                    },
+                        return Poll::Ready(Some(Ok(item)));
+                    }
+                    Ok(Some(Packet::Greeting)) => {
+                        // Cancellations may have waited for it.
+                        cx.waker().wake_by_ref();
+                        continue;
+                    }
                     Ok(None) => {}
-                    Err(error) => return self.fault(self.frame_fault(&error)),
+                    Err(reason) => return self.fault(reason),
                 }
             }
             if self.draining == Some(0) {
@@ -385,7 +388,7 @@ impl TcpReader {
         }))
     }
 
-    /// Reads the next packet, if it is such a reply: nearly all that a client gets, and no memory is needed for it.
+    /// Reads the next packet, if it is such a reply: nearly all that a client gets.
     fn short_reply(&mut self) -> Option<ShortReply> {
         if self.role != Role::Client {
             return None;
@@ -397,25 +400,48 @@ impl TcpReader {
         Some(reply)
     }
 
-    /// Reads one packet; `None` for one that is between Martlet peers alone.
-    fn packet(&mut self, frame: Bytes) -> Result<Option<Inbound<()>>, CodecError> {
-        match self.role {
-            Role::Server => self.request(frame).map(Some),
-            Role::Client => {
-                // TCP-17, TCP-27.
-                let packet = self.codec.decode_response_owned(frame)?;
-                if packet.status.is_some() && packet.id.as_deref().is_some_and(|id| is_text(id, HELLO)) {
-                    self.extensions.peer_cancels.set(true);
-                    return Ok(None);
+    /// Reads the next packet, if it has arrived whole.
+    fn next_packet(&mut self) -> Result<Option<Packet>, String> {
+        let (codec, limits) = (&*self.codec, &self.limits.frame);
+        let frame = match self.framing.peek(&self.buf, &self.frame, limits) {
+            Some(body) => match self.role {
+                Role::Client if let Some(reply) = codec.decode_short_response(&self.buf[body.clone()]) => {
+                    self.buf.advance(body.end);
+                    self.extensions.peer_answered.set(true);
+                    return Ok(Some(Packet::Arrival(Inbound::Reply(reply))));
                 }
-                self.extensions.peer_answered.set(true);
-                Ok(Some(Inbound::Response(packet)))
-            }
-        }
+                _ => Frame::in_buffer(&mut self.buf, body),
+            },
+            None => match self.framing.decode(&mut self.buf, &mut self.frame, limits) {
+                Ok(Some(frame)) => Frame::from(frame),
+                Ok(None) => return Ok(None),
+                Err(error) => return Err(self.frame_fault(&error)),
+            },
+        };
+        let packet = match self.role {
+            Role::Server => match codec.decode_request(frame) {
+                Ok(packet) => Packet::Arrival(self.request(packet)),
+                Err(error) => return Err(error.to_string()),
+            },
+            // TCP-17, TCP-27.
+            Role::Client => match codec.decode_response(frame) {
+                Ok(packet) => self.response(packet),
+                Err(error) => return Err(error.to_string()),
+            },
+        };
+        Ok(Some(packet))
     }
 
-    fn request(&mut self, frame: Bytes) -> Result<Inbound<()>, CodecError> {
-        let packet = self.codec.decode_request_owned(frame)?;
+    fn response(&self, packet: ResponsePacket) -> Packet {
+        if packet.status.is_some() && packet.id.as_deref().is_some_and(|id| is_text(id, HELLO)) {
+            self.extensions.peer_cancels.set(true);
+            return Packet::Greeting;
+        }
+        self.extensions.peer_answered.set(true);
+        Packet::Arrival(Inbound::Response(packet))
+    }
+
+    fn request(&self, packet: IncomingPacket) -> Inbound<()> {
         // TCP-13.
         let pattern = packet.pattern.unwrap_or_default();
         if packet.id.is_none()
@@ -423,7 +449,7 @@ impl TcpReader {
             && let Some(id) = packet.data
         {
             // TCP-28.
-            return Ok(Inbound::Cancel { id: id.into_bytes().into() });
+            return Inbound::Cancel { id: id.into_raw() };
         }
         if let Some(metadata) = &packet.metadata
             && !self.extensions.greeted.get()
@@ -444,7 +470,7 @@ impl TcpReader {
             reply_to: (),
             context: None,
         };
-        Ok(if request { Inbound::Request(delivery) } else { Inbound::Event(delivery) })
+        if request { Inbound::Request(delivery) } else { Inbound::Event(delivery) }
     }
 }
 
@@ -605,16 +631,6 @@ impl TcpWriter {
 impl SessionWriter<()> for TcpWriter {
     fn write(&mut self, item: Outbound<()>) -> Result<(), WriteError> {
         match item {
-            // TCP-14, TCP-15, TCP-16.
-            Outbound::Response { id, body, .. } => {
-                let hint = match &body {
-                    ResponseBody::Item(payload)
-                    | ResponseBody::Error(payload)
-                    | ResponseBody::Last(Some(payload)) => payload.bytes().len() + id.len() + 48,
-                    _ => id.len() + 128,
-                };
-                self.frame(hint, |codec, out| codec.encode_response(Some(&id), &body, None, out))?;
-            }
             Outbound::Request(mut message) | Outbound::Event(mut message) => {
                 let id = message.id;
                 self.message(&mut message, id.as_ref())?;
@@ -628,6 +644,19 @@ impl SessionWriter<()> for TcpWriter {
             // TCP-23: a connection needs no subscriptions; a NestJS peer is told nothing it does not know.
             _ => {}
         }
+        self.check_buffer()
+    }
+
+    fn write_response(&mut self, response: &mut Response<()>) -> Result<(), WriteError> {
+        // TCP-14, TCP-15, TCP-16.
+        let Response { id, body, .. } = response;
+        let hint = match &*body {
+            ResponseBody::Item(payload)
+            | ResponseBody::Error(payload)
+            | ResponseBody::Last(Some(payload)) => payload.bytes().len() + id.len() + 48,
+            _ => id.len() + 128,
+        };
+        self.frame(hint, |codec, out| codec.encode_response(Some(id), body, None, out))?;
         self.check_buffer()
     }
 

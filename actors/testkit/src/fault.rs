@@ -29,7 +29,7 @@ use std::time::Duration;
 
 use futures::task::AtomicWaker;
 use martlet_core::transport::{
-    Accept, ContextData, Delivery, Dial, Inbound, Listen, Open, Outbound, Session, SessionPlan,
+    Accept, ContextData, Delivery, Dial, Inbound, Listen, Open, Outbound, Response, Session, SessionPlan,
     SessionReader, SessionWriter, WriteError,
 };
 use martlet_core::{Pattern, SessionError, TransportInfo};
@@ -313,15 +313,18 @@ pub struct FaultyWriter<S> {
     faults: Faults,
 }
 
-impl<S: SessionWriter<R>, R> SessionWriter<R> for FaultyWriter<S> {
-    fn write(&mut self, item: Outbound<R>) -> Result<(), WriteError> {
+impl<S> FaultyWriter<S> {
+    fn wrote<R>(&mut self, write: impl FnOnce(&mut S) -> Result<(), WriteError>) -> Result<(), WriteError>
+    where
+        S: SessionWriter<R>,
+    {
         self.line.check()?;
         let plan = self.faults.plan();
         let number = self.line.written.fetch_add(1, Ordering::Relaxed) + 1;
         let due = |after: Option<u64>| after.is_some_and(|after| number > after);
         assert!(!due(plan.panic_after_written), "deliberate panic in a session's writer");
         let before = self.inner.pending_bytes();
-        let result = self.inner.write(item);
+        let result = write(&mut self.inner);
         let added = self.inner.pending_bytes().saturating_sub(before) as u64;
         let bytes = self.line.bytes.fetch_add(added, Ordering::Relaxed) + added;
         if due(plan.cut_after_written)
@@ -333,7 +336,16 @@ impl<S: SessionWriter<R>, R> SessionWriter<R> for FaultyWriter<S> {
         }
         result
     }
+}
 
+impl<S: SessionWriter<R>, R> SessionWriter<R> for FaultyWriter<S> {
+    fn write(&mut self, item: Outbound<R>) -> Result<(), WriteError> {
+        self.wrote(|inner| inner.write(item))
+    }
+
+    fn write_response(&mut self, response: &mut Response<R>) -> Result<(), WriteError> {
+        self.wrote(|inner| inner.write_response(response))
+    }
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {
         self.line.check()?;
         self.inner.poll_flush(cx)

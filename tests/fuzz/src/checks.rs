@@ -62,12 +62,12 @@ pub(crate) fn packet(input: &[u8]) {
     let frame = Bytes::copy_from_slice(input);
     let codecs: [&dyn Codec; 2] = [&JsonCodec, &MessagePackCodec];
     for codec in codecs {
-        if let Ok(reply) = codec.decode_response(&frame) {
+        if let Ok(reply) = codec.decode_response((&frame).into()) {
             let mut out = BytesMut::new();
             codec
                 .encode_response(reply.id.as_deref(), &reply.body, None, &mut out)
                 .expect("what was read can be written");
-            let again = codec.decode_response(&out.freeze()).expect("what was written can be read");
+            let again = codec.decode_response((&out.freeze()).into()).expect("what was written can be read");
             assert_eq!((again.id, &again.body), (reply.id, &reply.body), "a reply changed, {}", codec.name());
             if let ResponseBody::Item(value) | ResponseBody::Last(Some(value)) | ResponseBody::Error(value) =
                 &reply.body
@@ -75,7 +75,7 @@ pub(crate) fn packet(input: &[u8]) {
                 payload(value);
             }
         }
-        let Ok(request) = codec.decode_request(&frame) else { continue };
+        let Ok(request) = codec.decode_request((&frame).into()) else { continue };
         [&request.data, &request.metadata].into_iter().flatten().for_each(payload);
         let Some(raw) = &request.pattern else { continue };
         let Some(route) = route_of_incoming(codec.format(), raw) else { continue };
@@ -91,7 +91,7 @@ pub(crate) fn packet(input: &[u8]) {
         };
         let mut out = BytesMut::new();
         codec.encode_request(&sent, &mut out).expect("what was read can be written");
-        let again = codec.decode_request(&out.freeze()).expect("what was written can be read");
+        let again = codec.decode_request((&out.freeze()).into()).expect("what was written can be read");
         assert_eq!(again.data, request.data, "data changed, {}", codec.name());
         assert_eq!(again.pattern.and_then(|raw| route_of_incoming(codec.format(), &raw)), Some(route));
         assert_eq!(again.metadata.and_then(|it| it.decode::<Metadata>().ok()), metadata);

@@ -10,8 +10,8 @@ use futures::StreamExt;
 use martlet_core::backoff::BackoffOptions;
 use martlet_core::error::SessionError;
 use martlet_core::transport::{
-    Dial, Inbound, Outbound, OutboundMessage, PacketId, Session, SessionPlan, SessionReader, SessionWriter,
-    Taken, TransportId, TransportInfo, WriteError,
+    Dial, Inbound, Outbound, OutboundMessage, PacketId, Response, Session, SessionPlan, SessionReader,
+    SessionWriter, Taken, TransportId, TransportInfo, WriteError,
 };
 use martlet_core::{CallError, ClientOptions, ClientProxy, ConnectionStatus};
 use parking_lot::Mutex;
@@ -104,6 +104,10 @@ impl SessionReader<()> for Broker {
 
 impl SessionWriter<()> for Broker {
     fn write(&mut self, _: Outbound<()>) -> Result<(), WriteError> {
+        Ok(())
+    }
+
+    fn write_response(&mut self, _: &mut Response<()>) -> Result<(), WriteError> {
         Ok(())
     }
 

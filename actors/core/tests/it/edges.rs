@@ -325,7 +325,7 @@ fn a_failing_remote_error_passes_through_a_handler_as_it_came() {
         let outer = small().handlers(relay).server(MemoryServer::new(&near)).start().await.unwrap();
         let here = MemoryClient::new(&near);
         let error = here.send::<u64>("relay", 1).await.unwrap_err();
-        assert_eq!(error.remote().unwrap().payload().bytes(), r#"{"code":42}"#);
+        assert_eq!(error.remote().unwrap().payload().bytes(), br#"{"code":42}"#);
         there.close().await;
         // Any other outcome is this service's own trouble.
         let error = here.send::<u64>("relay", 1).await.unwrap_err();

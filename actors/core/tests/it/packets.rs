@@ -30,7 +30,7 @@ fn defined(value: &Value) -> Option<&Value> {
 /// Writes what was read and expects the same bytes, as the member order is fixed.
 #[track_caller]
 fn check_request_bytes(text: &str) {
-    let packet = JsonCodec.decode_request(&bytes(text)).unwrap();
+    let packet = JsonCodec.decode_request((&bytes(text)).into()).unwrap();
     let pattern = packet.pattern.as_deref().map(|raw| std::str::from_utf8(raw).unwrap()).unwrap();
     let pattern =
         Pattern::from_json(&serde_json::from_str::<Box<serde_json::value::RawValue>>(pattern).unwrap());
@@ -52,8 +52,8 @@ fn check_request_bytes(text: &str) {
 fn check_request(value: &Value, with_channel: &Value) {
     for codec in [&JsonCodec as &dyn Codec, &MessagePackCodec] {
         let frame = Payload::encode(codec.format(), value).unwrap();
-        let packet = codec.decode_request(frame.bytes()).unwrap();
-        let read = |raw: &Raw| Payload::new(codec.format(), raw.clone().into()).to_value().unwrap();
+        let packet = codec.decode_request(frame.into_bytes().into()).unwrap();
+        let read = |raw: &Raw| Payload::new(codec.format(), raw.clone()).to_value().unwrap();
         let foreign = with_channel["pattern"] == "CH";
         let member = |name: &str| if foreign && name != "data" { None } else { with_channel.get(name) };
         assert_eq!(packet.pattern.as_ref().map(read).as_ref(), member("pattern"), "{value}");
@@ -114,8 +114,8 @@ fn events_may_carry_the_route() {
 fn frames_that_are_not_one_value_are_malformed() {
     for codec in [&JsonCodec as &dyn Codec, &MessagePackCodec] {
         for frame in ["", "{bad}", "{} {}", "\u{1}\u{1}"] {
-            assert!(codec.decode_request(&bytes(frame)).unwrap_err().is_malformed(), "{frame}");
-            assert!(codec.decode_response(&bytes(frame)).unwrap_err().is_malformed(), "{frame}");
+            assert!(codec.decode_request((&bytes(frame)).into()).unwrap_err().is_malformed(), "{frame}");
+            assert!(codec.decode_response((&bytes(frame)).into()).unwrap_err().is_malformed(), "{frame}");
         }
     }
 }
@@ -141,8 +141,8 @@ fn check_replies(name: &str, packets: &[Value], expected: &[Value]) {
         let mut seen = Vec::new();
         for packet in packets {
             let frame = Payload::encode(codec.format(), packet).unwrap();
-            let reply = codec.decode_response(frame.bytes()).unwrap();
-            let id = reply.id.map(|id| Payload::new(codec.format(), id.into()).to_value().unwrap());
+            let reply = codec.decode_response(frame.into_bytes().into()).unwrap();
+            let id = reply.id.map(|id| Payload::new(codec.format(), id).to_value().unwrap());
             assert_eq!(id.as_ref(), packet.get("id"), "{name}");
             seen.extend(observed(&reply.body));
             if reply.body.is_final() {
@@ -206,7 +206,7 @@ fn any_truthy_disposal_ends_and_errors_win() {
 #[test]
 fn foreign_replies_are_marked() {
     let check = |text: &str, foreign: bool| {
-        assert_eq!(JsonCodec.decode_response(&bytes(text)).unwrap().foreign, foreign, "{text}");
+        assert_eq!(JsonCodec.decode_response((&bytes(text)).into()).unwrap().foreign, foreign, "{text}");
     };
     check("42", true);
     check("null", true);
@@ -222,7 +222,7 @@ fn check_reply_bytes(body: ResponseBody, status: Option<&str>, text: &str) {
     let mut out = BytesMut::from("kept");
     JsonCodec.encode_response(Some(b"\"i\""), &body, status, &mut out).unwrap();
     assert_eq!(out, format!("kept{text}"));
-    let with_id = JsonCodec.decode_response(&bytes(text)).unwrap();
+    let with_id = JsonCodec.decode_response((&bytes(text)).into()).unwrap();
     assert_eq!(with_id.id.as_deref(), Some(&b"\"i\""[..]));
     assert!(!with_id.foreign);
 
@@ -266,7 +266,7 @@ fn errors_that_would_read_as_success_are_wrapped() {
     }
     let mut out = BytesMut::new();
     MessagePackCodec.encode_response(None, &ResponseBody::Error(payload("0")), None, &mut out).unwrap();
-    let reply = MessagePackCodec.decode_response(&out.freeze()).unwrap();
+    let reply = MessagePackCodec.decode_response((&out.freeze()).into()).unwrap();
     assert_eq!(observed(&reply.body), [json!({"error": {"status": "error", "message": 0}})]);
 }
 
@@ -296,7 +296,7 @@ fn every_captured_nats_body_is_read_and_written_again() {
                 requests += 1;
             }
             "response-final" | "response-partial" | "error" | "dispose" => {
-                let reply = JsonCodec.decode_response(&bytes(raw)).unwrap();
+                let reply = JsonCodec.decode_response((&bytes(raw)).into()).unwrap();
                 let mut out = BytesMut::new();
                 JsonCodec.encode_response(reply.id.as_deref(), &reply.body, None, &mut out).unwrap();
                 assert_eq!(out, raw, "{}", vector["name"]);
@@ -356,8 +356,8 @@ proptest! {
                 };
                 let mut out = BytesMut::new();
                 codec.encode_request(&sent, &mut out).unwrap();
-                let read = codec.decode_request(&out.freeze()).unwrap();
-                let text = |raw: Raw| Payload::new(codec.format(), raw.into()).decode::<String>().unwrap();
+                let read = codec.decode_request((&out.freeze()).into()).unwrap();
+                let text = |raw: Raw| Payload::new(codec.format(), raw).decode::<String>().unwrap();
                 prop_assert_eq!(read.pattern.map(text), pattern.as_str().map(str::to_owned));
                 prop_assert_eq!(read.id.map(text), id.clone());
                 prop_assert_eq!(
@@ -382,7 +382,7 @@ proptest! {
             let id = Payload::encode(codec.format(), &id).unwrap().into_bytes();
             let mut out = BytesMut::new();
             codec.encode_response(Some(&id), &body, None, &mut out).unwrap();
-            let read = codec.decode_response(&out.freeze()).unwrap();
+            let read = codec.decode_response((&out.freeze()).into()).unwrap();
             prop_assert_eq!(read.id, Some(Raw::from(id)));
             prop_assert_eq!(read.body, body);
             prop_assert!(!read.foreign);
@@ -395,7 +395,7 @@ proptest! {
             let body = ResponseBody::Error(Payload::encode(codec.format(), &value).unwrap());
             let mut out = BytesMut::new();
             codec.encode_response(None, &body, None, &mut out).unwrap();
-            let is_error = matches!(codec.decode_response(&out.freeze()).unwrap().body, ResponseBody::Error(_));
+            let is_error = matches!(codec.decode_response((&out.freeze()).into()).unwrap().body, ResponseBody::Error(_));
             prop_assert!(is_error);
         }
     }
@@ -408,10 +408,10 @@ fn a_short_reply_is_what_the_whole_reading_says() {
     for value in ["15", "-1.5e3", "null", r#""a\"b""#, r#"{"a":[1,{}]}"#, r#""é""#, "[]"] {
         let text = usual(value);
         let short = JsonCodec.decode_short_response(text.as_bytes()).expect(value);
-        let whole = JsonCodec.decode_response(&bytes(&text)).unwrap();
+        let whole = JsonCodec.decode_response((&bytes(&text)).into()).unwrap();
         assert_eq!(whole.id.as_deref(), Some(format!("\"{id}\"").as_bytes()), "{value}");
-        assert_eq!((short.id.as_str(), &*short.value), (id, value.as_bytes()));
-        let payload = Payload::new(Format::Json, value.to_owned().into());
+        assert_eq!((short.id.as_str(), short.value.bytes()), (id, value.as_bytes()));
+        let payload = Payload::new(Format::Json, value.as_bytes().to_vec());
         assert_eq!(whole.body, ResponseBody::Last(Some(payload)), "{value}");
     }
     let others = [
@@ -440,8 +440,8 @@ fn a_short_reply_is_what_the_whole_reading_says() {
     broken[13] = 0xff;
     assert_eq!(JsonCodec.decode_short_response(&broken), None);
     let long = usual(&format!("{:?}", "x".repeat(31)));
-    let whole = JsonCodec.decode_response(&bytes(&long)).unwrap();
-    let payload = Payload::new(Format::Json, format!("{:?}", "x".repeat(31)).into());
+    let whole = JsonCodec.decode_response((&bytes(&long)).into()).unwrap();
+    let payload = Payload::new(Format::Json, format!("{:?}", "x".repeat(31)).into_bytes());
     assert_eq!(whole.body, ResponseBody::Last(Some(payload)));
 }
 
@@ -449,7 +449,7 @@ fn a_short_reply_is_what_the_whole_reading_says() {
 fn a_call_is_written_as_a_request_with_its_id() {
     let id = PacketId::from_text(b"0123456789abcdef01234").unwrap();
     let mut metadata = Metadata::from_iter([("k", "v\"w")]);
-    let data = Payload::new(Format::Json, "[1]".to_owned().into());
+    let data = Payload::new(Format::Json, b"[1]".to_vec());
     let pattern = Pattern::from("p");
     for keep in [false, true] {
         if keep {

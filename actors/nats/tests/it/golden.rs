@@ -255,7 +255,7 @@ async fn what_nestjs_clients_sent_is_sent_byte_for_byte_and_their_replies_mean_t
         let body: Body<'_> = serde_json::from_str(vector["raw"].as_str().unwrap()).unwrap();
         // A client of ours always sends data.
         let Some(data) = body.data else { continue };
-        let data = Payload::new(Format::Json, data.get().as_bytes().to_vec().into());
+        let data = Payload::new(Format::Json, data.get().as_bytes().to_vec());
         let pattern = match serde_json::from_str::<Value>(body.pattern.get()).unwrap() {
             Value::String(text) => Pattern::from(text),
             _ => Pattern::parse(body.pattern.get()),

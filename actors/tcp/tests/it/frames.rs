@@ -92,7 +92,7 @@ fn check_fault(text: &[u8], limits: &FrameLimits, is_expected: impl Fn(&FrameErr
 
 /// Writes a packet that was read and expects the same frame.
 fn request_frame(packet: &IncomingPacket) -> BytesMut {
-    let pattern = Payload::new(Format::Json, packet.pattern.clone().unwrap().into());
+    let pattern = Payload::new(Format::Json, packet.pattern.clone().unwrap());
     let text: Box<serde_json::value::RawValue> = serde_json::from_slice(pattern.bytes()).unwrap();
     let pattern = Pattern::from_json(&text).unwrap();
     let id = packet.id.as_deref().map(|raw| serde_json::from_slice::<String>(raw).unwrap());
@@ -142,11 +142,11 @@ fn every_captured_frame_is_read_and_written_again() {
         let (name, raw) = (vector["name"].as_str().unwrap(), raw(vector));
         let [body] = &frames(&raw)[..] else { panic!("{name} is not one frame") };
         if vector["direction"] == "client->server" {
-            let packet = JsonCodec.decode_request(body).unwrap();
+            let packet = JsonCodec.decode_request(body.into()).unwrap();
             assert_eq!(request_frame(&packet), raw, "{name}");
             requests += 1;
         } else {
-            let reply = JsonCodec.decode_response(body).unwrap();
+            let reply = JsonCodec.decode_response(body.into()).unwrap();
             if &body[..]
                 == format!("{{\"id\":{}}}", String::from_utf8_lossy(reply.id.as_ref().unwrap())).as_bytes()
             {
@@ -166,7 +166,7 @@ fn an_undefined_item_is_read_as_null() {
     let golden = golden(include_str!("../vectors/nest12-tcp-reply-undefined-item.json"));
     let bodies = frames(&raw(&golden));
     let replies: Vec<ResponseBody> =
-        bodies.iter().map(|body| JsonCodec.decode_response(body).unwrap().body).collect();
+        bodies.iter().map(|body| JsonCodec.decode_response(body.into()).unwrap().body).collect();
     let end = Payload::encode(Format::Json, "end").unwrap();
     assert_eq!(replies, [ResponseBody::Item(Payload::null(Format::Json)), ResponseBody::Last(Some(end))]);
 }
@@ -185,7 +185,7 @@ fn hand_made_input_is_judged_as_by_a_nest_server() {
             false => FrameLimits::default(),
         };
         let (bodies, left, error) = feed(&NestFraming, &limits, sent.iter().map(Vec::as_slice));
-        let malformed = bodies.iter().any(|body| JsonCodec.decode_request(body).is_err());
+        let malformed = bodies.iter().any(|body| JsonCodec.decode_request(body.into()).is_err());
         let logged = case["logs"][0]["message"].as_str().unwrap_or_default();
         let nest_closed = logged.starts_with("InvalidTcpDataReceptionException");
         match name {
@@ -233,11 +233,13 @@ fn hand_made_input_is_judged_as_by_a_nest_client() {
                 let error = error.unwrap();
                 assert_eq!(error.client_text(), case["logs"][0]["message"].as_str().unwrap(), "{name}");
             }
-            "client_invalid_json" => assert!(JsonCodec.decode_response(&bodies[0]).is_err(), "{name}"),
+            "client_invalid_json" => {
+                assert!(JsonCodec.decode_response((&bodies[0]).into()).is_err(), "{name}")
+            }
             "client_partial_then_incomplete_timeout" => assert!(left > 0, "{name}"),
             _ => {
                 assert_eq!((left, error), (0, None), "{name}");
-                assert!(bodies.iter().all(|body| JsonCodec.decode_response(body).is_ok()), "{name}");
+                assert!(bodies.iter().all(|body| JsonCodec.decode_response(body.into()).is_ok()), "{name}");
             }
         }
     }

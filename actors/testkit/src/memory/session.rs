@@ -8,8 +8,8 @@ use std::task::{Context, Poll};
 use bytes::{Bytes, BytesMut};
 use martlet_core::packet::{OutgoingPacket, PatternText};
 use martlet_core::transport::{
-    ContextData, Delivery, Inbound, Outbound, OutboundMessage, PatternKey, Role, Session, SessionReader,
-    SessionWriter, WriteError,
+    ContextData, Delivery, Inbound, Outbound, OutboundMessage, PatternKey, Response, Role, Session,
+    SessionReader, SessionWriter, WriteError,
 };
 use martlet_core::{Headers, Route, SessionError};
 
@@ -109,7 +109,7 @@ impl MemoryReader {
         }
         match (frame, self.role) {
             (Frame::Packet { bytes, .. }, Role::Client) => {
-                match self.net.options.codec.decode_response(&bytes) {
+                match self.net.options.codec.decode_response(bytes.into()) {
                     Ok(packet) => Inbound::Response(packet),
                     Err(error) => Inbound::Bad { reason: error.to_string() },
                 }
@@ -133,7 +133,7 @@ impl MemoryReader {
         routed: Option<(Route, Route)>,
         reply_to: MemoryReply,
     ) -> Inbound<MemoryReply> {
-        let packet = match self.net.options.codec.decode_request(bytes) {
+        let packet = match self.net.options.codec.decode_request(bytes.into()) {
             Ok(packet) => packet,
             Err(error) => return Inbound::Bad { reason: error.to_string() },
         };
@@ -257,24 +257,6 @@ impl SessionWriter<MemoryReply> for MemoryWriter {
         let hub = matches!(self.out, Out::Hub(_));
         match item {
             Outbound::Request(message) | Outbound::Event(message) => self.message(message),
-            Outbound::Response { reply_to, id, body, headers } => {
-                let mut bytes = BytesMut::new();
-                self.net
-                    .options
-                    .codec
-                    .encode_response(Some(&id), &body, None, &mut bytes)
-                    .map_err(self::item)?;
-                let bytes = bytes.freeze();
-                let len = bytes.len();
-                self.push(
-                    len,
-                    if hub {
-                        Sending::Post(Post::Respond { client: reply_to.client, bytes })
-                    } else {
-                        Sending::Frame(Frame::Packet { bytes, headers: headers.unwrap_or_default() })
-                    },
-                )
-            }
             Outbound::Cancel { id, .. } => {
                 let raw = json_or_packed(self.net.options.codec.format(), id.as_str());
                 self.push(
@@ -292,6 +274,21 @@ impl SessionWriter<MemoryReply> for MemoryWriter {
             // Peers neither subscribe nor settle.
             _ => Ok(()),
         }
+    }
+
+    fn write_response(&mut self, response: &mut Response<MemoryReply>) -> Result<(), WriteError> {
+        let Response { reply_to, id, body, headers } = response;
+        let mut bytes = BytesMut::new();
+        self.net.options.codec.encode_response(Some(id), body, None, &mut bytes).map_err(item)?;
+        let bytes = bytes.freeze();
+        let len = bytes.len();
+        let sending = match self.out {
+            Out::Hub(_) => Sending::Post(Post::Respond { client: reply_to.client, bytes }),
+            Out::Line(_) => {
+                Sending::Frame(Frame::Packet { bytes, headers: headers.take().unwrap_or_default() })
+            }
+        };
+        self.push(len, sending)
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {
