@@ -33,7 +33,7 @@ use std::time::Duration;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use futures::stream;
 use martlet_core::codec::{Codec, CodecError, JsonCodec};
-use martlet_core::packet::{OutgoingPacket, PatternText};
+use martlet_core::packet::{IncomingPacket, OutgoingPacket, PatternText};
 use martlet_core::transport::{
     Accept, ContextData, Delivery, Dial, Inbound, Listen, Open, Outbound, OutboundMessage, PatternKey,
     Response, Role, Session, SessionPlan, SessionReader, SessionWriter, WriteError,
@@ -232,10 +232,14 @@ pub struct UnixReader {
 }
 
 impl SessionReader<()> for UnixReader {
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Inbound<()>, SessionError>>> {
+    fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        packet: &mut IncomingPacket,
+    ) -> Poll<Option<Result<Inbound<()>, SessionError>>> {
         loop {
             if let Some(line) = self.line() {
-                return Poll::Ready(Some(Ok(self.read(line))));
+                return Poll::Ready(Some(Ok(self.read(line, packet))));
             }
             if self.ended {
                 // The other end has closed, or everything received before a drain was yielded.
@@ -290,33 +294,28 @@ impl UnixReader {
     }
 
     /// The codec takes a packet apart no further than routing needs: payload, metadata and id stay raw.
-    fn read(&self, line: Bytes) -> Inbound<()> {
+    fn read(&self, line: Bytes, packet: &mut IncomingPacket) -> Inbound<()> {
         let read = match self.role {
-            Role::Client => JsonCodec.decode_response(line.into()).map(Inbound::Response),
-            Role::Server => request(line),
+            Role::Client => {
+                JsonCodec.decode_response(line.into()).map(|packet| Inbound::Response(Box::new(packet)))
+            }
+            Role::Server => request(line, packet),
         };
         // One line that makes no sense does not spoil the next: it is reported, the session goes on.
         read.unwrap_or_else(|error| Inbound::Bad { reason: error.to_string() })
     }
 }
 
-fn request(line: Bytes) -> Result<Inbound<()>, CodecError> {
+fn request(line: Bytes, packet: &mut IncomingPacket) -> Result<Inbound<()>, CodecError> {
     let cancelled = line.strip_prefix(b"{\"cancel\":").and_then(|rest| rest.strip_suffix(b"}"));
     if let Some(id) = cancelled {
         return Ok(Inbound::Cancel { id: Bytes::copy_from_slice(id).into() });
     }
-    let packet = JsonCodec.decode_request(line.into())?;
-    let is_event = packet.is_event();
-    let delivery = Delivery {
-        // The runtime finds the handler. A broker would say which subscription matched: `PatternKey::Route`.
-        key: PatternKey::Raw(packet.pattern.unwrap_or_default()),
-        data: packet.data,
-        metadata: packet.metadata,
-        id: packet.id,
-        reply_to: (),
-        context: None,
-    };
-    Ok(if is_event { Inbound::Event(delivery) } else { Inbound::Request(delivery) })
+    // Straight to where the runtime wants it.
+    JsonCodec.read_request(line.into(), packet)?;
+    // The runtime finds the handler. A broker would say which subscription matched: `PatternKey::Route`.
+    let delivery = Delivery { key: PatternKey::Packet, reply_to: (), context: None };
+    Ok(if packet.is_event() { Inbound::Event(delivery) } else { Inbound::Request(delivery) })
 }
 
 // === 4. write ===

@@ -10,7 +10,7 @@ use actix::prelude::SendError;
 use crate::events::ServiceEvent;
 use crate::in_flight::{Shared, Slot};
 use crate::replica::{self, Duty, Invoke, InvokeBatch, Replica, overloaded};
-use crate::request::{Parts, Scope};
+use crate::request::{Request, Scope};
 use crate::responder::{RequestKey, Responder};
 use crate::route::{HandlerRef, Replicas};
 use crate::session::SessionEnv;
@@ -64,24 +64,24 @@ impl<R> Batch<R> {
     }
 
     /// Adds a request that gets its slot when it is sent.
-    pub(crate) fn push(&mut self, handler: &Arc<HandlerRef>, parts: Parts, slot: Slot<R>) {
+    pub(crate) fn push(&mut self, handler: &Arc<HandlerRef>, request: Request, slot: Slot<R>) {
         if self.slots.is_empty() {
             self.slots.reserve(self.room);
         }
         self.slots.push(slot);
-        self.add(handler, parts, Duty::Slot(RequestKey::NONE));
+        self.add(handler, request, Duty::Slot(RequestKey::NONE));
     }
 
     /// Adds a request that has its slot, and someone who answers it.
-    pub(crate) fn push_with(&mut self, handler: &Arc<HandlerRef>, parts: Parts, responder: Responder) {
-        self.add(handler, parts, Duty::Own(responder));
+    pub(crate) fn push_with(&mut self, handler: &Arc<HandlerRef>, request: Request, responder: Responder) {
+        self.add(handler, request, Duty::Own(responder));
     }
 
-    fn add(&mut self, handler: &Arc<HandlerRef>, parts: Parts, duty: Duty) {
+    fn add(&mut self, handler: &Arc<HandlerRef>, request: Request, duty: Duty) {
         if self.invokes.is_empty() {
             self.invokes.reserve(self.room);
         }
-        self.invokes.push(Invoke { endpoint: handler.endpoint, parts, duty });
+        self.invokes.push(Invoke { endpoint: handler.endpoint, request, duty });
     }
 
     /// Ends the turn with this replica: what was added gets its slots and is sent.
@@ -101,7 +101,7 @@ impl<R> Batch<R> {
             for (invoke, slot) in waiting.zip(slots) {
                 let key = shared.next_key();
                 inner.slots.insert(key, slot);
-                invoke.parts.slot = key;
+                invoke.request.0.slot = key;
                 invoke.duty = Duty::Slot(key);
             }
         }

@@ -29,7 +29,7 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     /// Whether every packet is UTF-8 text.
     fn is_text(&self) -> bool;
 
-    /// Reads a request or an event. Unknown members are ignored.
+    /// Reads a request or an event into a packet that is empty. Unknown members are ignored.
     ///
     /// A value with neither `pattern` nor `data` is foreign: it becomes an event whose data is the whole value
     /// and which has no pattern. An `id` inside it is not looked at, as in NestJS.
@@ -37,8 +37,19 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     /// # Errors
     ///
     /// [`CodecError::Json`] or [`CodecError::MessagePack`] if the frame is not one value; see
-    /// [`CodecError::is_malformed`].
-    fn decode_request(&self, frame: Frame<'_>) -> Result<IncomingPacket, CodecError>;
+    /// [`CodecError::is_malformed`]. The packet is then of no use.
+    fn read_request(&self, frame: Frame<'_>, packet: &mut IncomingPacket) -> Result<(), CodecError>;
+
+    /// As [`Codec::read_request`], into a new packet.
+    ///
+    /// # Errors
+    ///
+    /// As [`Codec::read_request`].
+    fn decode_request(&self, frame: Frame<'_>) -> Result<IncomingPacket, CodecError> {
+        let mut packet = IncomingPacket::default();
+        self.read_request(frame, &mut packet)?;
+        Ok(packet)
+    }
 
     /// Writes a request or an event, members in the order `pattern`, `data`, `metadata`, `id`.
     ///
@@ -225,17 +236,24 @@ impl From<&Bytes> for Frame<'_> {
     }
 }
 
-fn request(mut frame: Frame<'_>, format: Format, members: Members<4>) -> IncomingPacket {
-    let [pattern, data, id, metadata] = members.spans;
+/// Fills an empty packet in place: it is large, and where it stands it stays.
+fn request(mut frame: Frame<'_>, format: Format, members: &Members<4>, packet: &mut IncomingPacket) {
+    let [pattern, data, id, metadata] = &members.spans;
     if pattern.is_none() && data.is_none() {
-        let data = Payload::new(format, frame.into_raw(members.value));
-        return IncomingPacket { pattern: None, data: Some(data), id: None, metadata: None };
+        packet.data = Some(Payload::new(format, frame.into_raw(members.value.clone())));
+        return;
     }
-    IncomingPacket {
-        pattern: pattern.map(|span| frame.raw(span)),
-        id: id.map(|span| frame.raw(span)),
-        metadata: metadata.map(|span| Payload::new(format, frame.raw(span))),
-        data: data.map(|span| Payload::new(format, frame.into_raw(span))),
+    if let Some(span) = pattern {
+        packet.pattern = Some(frame.raw(span.clone()));
+    }
+    if let Some(span) = id {
+        packet.id = Some(frame.raw(span.clone()));
+    }
+    if let Some(span) = metadata {
+        packet.metadata = Some(Payload::new(format, frame.raw(span.clone())));
+    }
+    if let Some(span) = data {
+        packet.data = Some(Payload::new(format, frame.into_raw(span.clone())));
     }
 }
 
@@ -341,12 +359,13 @@ impl Codec for JsonCodec {
         true
     }
 
-    fn decode_request(&self, frame: Frame<'_>) -> Result<IncomingPacket, CodecError> {
+    fn read_request(&self, frame: Frame<'_>, packet: &mut IncomingPacket) -> Result<(), CodecError> {
         let members = match json::nest_request(&frame) {
             Some(members) => members,
             None => json::members(&frame, &REQUEST).map_err(CodecError::Json)?,
         };
-        Ok(request(frame, Format::Json, members))
+        request(frame, Format::Json, &members, packet);
+        Ok(())
     }
 
     fn encode_request(&self, packet: &OutgoingPacket<'_>, out: &mut BytesMut) -> Result<(), CodecError> {
@@ -483,9 +502,10 @@ impl Codec for MessagePackCodec {
         false
     }
 
-    fn decode_request(&self, frame: Frame<'_>) -> Result<IncomingPacket, CodecError> {
+    fn read_request(&self, frame: Frame<'_>, packet: &mut IncomingPacket) -> Result<(), CodecError> {
         let members = msgpack::members(&frame, &REQUEST).map_err(CodecError::MessagePack)?;
-        Ok(request(frame, Format::MessagePack, members))
+        request(frame, Format::MessagePack, &members, packet);
+        Ok(())
     }
 
     fn encode_request(&self, packet: &OutgoingPacket<'_>, out: &mut BytesMut) -> Result<(), CodecError> {

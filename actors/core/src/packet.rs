@@ -152,7 +152,7 @@ impl fmt::Debug for Raw {
 }
 
 /// A request or an event as it arrived. It is an event exactly if there is no `id`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IncomingPacket {
     /// The raw value of `pattern`, in the format of the codec. `None` if the key is missing, and for foreign
     /// values.

@@ -35,7 +35,7 @@ use crate::packet::ResponseBody;
 use crate::pattern::Route;
 use crate::payload::{Format, Payload};
 use crate::reply::{HandlerResult, Reply};
-use crate::request::{Parts, Request, Scope};
+use crate::request::{Request, Scope};
 use crate::responder::{Finished, RequestKey, Responder};
 use crate::route::HandlerStats;
 use crate::supervise::{ChildState, Escalation, RestartWindow, panic_text};
@@ -61,7 +61,7 @@ impl Drop for InvokeBatch {
 /// A request for a handler, with the duty to end it.
 pub(crate) struct Invoke {
     pub(crate) endpoint: u32,
-    pub(crate) parts: Parts,
+    pub(crate) request: Request,
     pub(crate) duty: Duty,
 }
 
@@ -315,8 +315,8 @@ impl End {
 impl Replica {
     /// Runs what came as a message.
     fn accept(self: &Rc<Self>, invoke: Invoke, turn: &mut Turn) {
-        let Invoke { endpoint: index, parts, duty } = invoke;
-        match self.begin(index, Request::new(parts)) {
+        let Invoke { endpoint: index, request, duty } = invoke;
+        match self.begin(index, request) {
             Begun::Ended(end) => turn.end(duty, end),
             begun => self.go_on_with(index, begun, duty.into_responder(&turn.scope)),
         }
@@ -382,16 +382,17 @@ impl Replica {
             return refused(deadline_exceeded());
         }
         if !self.poison.borrow().is_empty()
-            && let Some(kills) = self.kills(&handler.route, request.0.data.as_ref())
+            && let Some(kills) = self.kills(&handler.route, request.0.packet.data.as_ref())
         {
             self.context.events.emit(ServiceEvent::PoisonRefused { route: handler.route.clone(), kills });
             return refused(poisoned(kills));
         }
         handler.stats.in_flight.add(1);
         handler.running.set(handler.running.get() + 1);
-        let data = request.0.data.as_ref().filter(|_| self.supervision.poison_after > 0).cloned();
+        let data = request.0.packet.data.as_ref().filter(|_| self.supervision.poison_after > 0).cloned();
         let deadline = request.0.deadline;
-        let ambient = request.0.metadata.is_some().then(|| Ambient { trace: request.trace(), deadline });
+        let ambient =
+            request.0.packet.metadata.is_some().then(|| Ambient { trace: request.trace(), deadline });
         let endpoints = Rc::clone(&self.endpoints.borrow());
         let enter = |work: &mut dyn FnMut() -> Poll<HandlerResult>| match &ambient {
             Some(ambient) => ambient.enter(work),

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use crate::client::ClientProxy;
 use crate::error::RpcError;
 use crate::interceptor::Interceptors;
-use crate::packet::{Metadata, Raw};
+use crate::packet::{IncomingPacket, Metadata};
 use crate::pattern::{Pattern, Route};
 use crate::payload::{DecodeError, Format, Payload};
 use crate::responder::{Cancellation, ReplySink, RequestKey};
@@ -111,9 +111,10 @@ pub(crate) struct Parts {
     /// Its place in the scope's table.
     pub(crate) route: u32,
     pub(crate) kind: MessageKind,
-    pub(crate) raw_pattern: Option<Raw>,
-    pub(crate) data: Option<Payload>,
-    pub(crate) metadata: Option<Payload>,
+    /// Its route was found by the transporter's address, not by the packet's pattern.
+    pub(crate) by_address: bool,
+    /// Read in place. Its id is not kept here.
+    pub(crate) packet: IncomingPacket,
     pub(crate) context: Option<ContextData>,
     pub(crate) deadline: Option<Instant>,
     pub(crate) slot: RequestKey,
@@ -121,6 +122,21 @@ pub(crate) struct Parts {
 }
 
 impl Parts {
+    /// For the next packet that arrives.
+    pub(crate) fn empty(scope: &Arc<Scope>) -> Self {
+        Self {
+            scope: Arc::clone(scope),
+            route: 0,
+            kind: MessageKind::Event,
+            by_address: false,
+            packet: IncomingPacket::default(),
+            context: None,
+            deadline: None,
+            slot: RequestKey::NONE,
+            extensions: None,
+        }
+    }
+
     /// The route that matched.
     pub(crate) fn place(&self) -> &Place {
         self.scope.table.place_at(self.route)
@@ -132,7 +148,7 @@ impl fmt::Debug for Request {
         f.debug_struct("Request")
             .field("route", self.route())
             .field("kind", &self.0.kind)
-            .field("data", &self.0.data)
+            .field("data", &self.0.packet.data)
             .finish_non_exhaustive()
     }
 }
@@ -154,7 +170,7 @@ impl Request {
 
     /// The pattern as it came, in the payload format; `None` where the transporter routes by address.
     pub fn raw_pattern(&self) -> Option<&[u8]> {
-        self.0.raw_pattern.as_deref()
+        self.0.packet.pattern.as_deref().filter(|_| !self.0.by_address)
     }
 
     /// Whether a response is wanted.
@@ -174,12 +190,12 @@ impl Request {
 
     /// The payload, raw; null when the packet had none.
     pub fn payload(&self) -> Payload {
-        self.0.data.clone().unwrap_or_else(|| Payload::null(self.format()))
+        self.0.packet.data.clone().unwrap_or_else(|| Payload::null(self.format()))
     }
 
     /// Replaces the payload: what a pipe does.
     pub fn set_payload(&mut self, payload: Payload) {
-        self.0.data = Some(payload);
+        self.0.packet.data = Some(payload);
     }
 
     /// Reads the payload as a type.
@@ -188,7 +204,7 @@ impl Request {
     ///
     /// When it has another shape.
     pub fn data<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
-        match &self.0.data {
+        match &self.0.packet.data {
             Some(data) => data.decode(),
             None => Payload::null(self.format()).decode(),
         }
@@ -200,7 +216,7 @@ impl Request {
     ///
     /// When it has another shape.
     pub fn property<T: DeserializeOwned>(&self, name: &str) -> Result<T, DecodeError> {
-        match self.0.data.as_ref().map(|data| data.property(name)).transpose()?.flatten() {
+        match self.0.packet.data.as_ref().map(|data| data.property(name)).transpose()?.flatten() {
             Some(value) => value.decode(),
             None => Payload::null(self.format()).decode(),
         }
@@ -208,17 +224,17 @@ impl Request {
 
     /// The packet's metadata; empty when it has none or when it is not an object.
     pub fn metadata(&self) -> Metadata {
-        self.0.metadata.as_ref().and_then(|raw| raw.decode().ok()).unwrap_or_default()
+        self.0.packet.metadata.as_ref().and_then(|raw| raw.decode().ok()).unwrap_or_default()
     }
 
     /// The packet's metadata, raw.
     pub fn raw_metadata(&self) -> Option<&Payload> {
-        self.0.metadata.as_ref()
+        self.0.packet.metadata.as_ref()
     }
 
     /// The caller's trace, if it sent one.
     pub fn trace(&self) -> Option<TraceContext> {
-        self.0.metadata.as_ref()?;
+        self.0.packet.metadata.as_ref()?;
         let metadata = self.metadata();
         TraceContext::parse(metadata.get(TRACEPARENT_KEY)?, metadata.get(TRACESTATE_KEY))
     }

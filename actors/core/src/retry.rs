@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::time::{Instant, Sleep};
 
 use crate::backoff::Backoff;
-use crate::request::Parts;
+use crate::request::Request;
 use crate::responder::RequestKey;
 use crate::route::HandlerRef;
 use crate::settlement::RetryPolicy;
@@ -26,7 +26,7 @@ pub(crate) struct Retrial {
     backoff: Backoff,
     /// Attempts so far.
     pub(crate) attempts: u32,
-    pub(crate) parts: Parts,
+    pub(crate) request: Request,
     /// Its handlers, in order.
     handlers: Vec<Arc<HandlerRef>>,
     /// Those that failed in the attempt under way.
@@ -34,9 +34,9 @@ pub(crate) struct Retrial {
 }
 
 impl Retrial {
-    pub(crate) fn new(policy: &RetryPolicy, parts: Parts, handlers: Vec<Arc<HandlerRef>>) -> Self {
+    pub(crate) fn new(policy: &RetryPolicy, request: Request, handlers: Vec<Arc<HandlerRef>>) -> Self {
         let backoff = Backoff::new(policy.delay);
-        Self { left: policy.attempts, backoff, attempts: 1, parts, handlers, failed: Vec::new() }
+        Self { left: policy.attempts, backoff, attempts: 1, request, handlers, failed: Vec::new() }
     }
 
     /// Notes that a handler failed.
@@ -46,7 +46,7 @@ impl Retrial {
 
     /// Begins another attempt, if there is one left and someone waits for it.
     pub(crate) fn begin(&mut self) -> bool {
-        if self.left == 0 || self.parts.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+        if self.left == 0 || self.request.deadline().is_some_and(|deadline| Instant::now() >= deadline) {
             return false;
         }
         self.left -= 1;
@@ -61,14 +61,15 @@ impl Retrial {
 
     /// What the attempt that is due consists of.
     pub(crate) fn attempt(&mut self, slot: RequestKey) -> Attempt {
-        let parts = Parts { slot, ..self.parts.clone() };
-        Attempt { parts, handlers: self.handlers.clone(), members: std::mem::take(&mut self.failed) }
+        let mut request = self.request.clone();
+        request.0.slot = slot;
+        Attempt { request, handlers: self.handlers.clone(), members: std::mem::take(&mut self.failed) }
     }
 }
 
 /// One more attempt at a message.
 pub(crate) struct Attempt {
-    pub(crate) parts: Parts,
+    pub(crate) request: Request,
     pub(crate) handlers: Vec<Arc<HandlerRef>>,
     /// Those of the handlers that failed, by their places.
     pub(crate) members: Vec<u32>,

@@ -25,7 +25,7 @@ use crate::correlation::{CallKind, ClientCore, Outgoing, Queued};
 use crate::error::SessionError;
 use crate::events::{EventBus, ServiceEvent};
 use crate::in_flight::{End, LastWords, Owed, Shared, Slot, SlotRoute};
-use crate::packet::{Raw, ResponseBody, ResponsePacket, ShortReply};
+use crate::packet::{IncomingPacket, Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::Route;
 use crate::payload::Format;
 use crate::replica::{Begun, Replica};
@@ -188,6 +188,10 @@ struct Loop<S: Session> {
     half_closed: Option<Pin<Box<tokio::time::Sleep>>>,
     reported_full: bool,
     handed_back: u64,
+    /// The next request: its packet is read into it, so that it need not be moved.
+    next: Option<Request>,
+    /// Where a client, which has no requests, would read one to.
+    stray: IncomingPacket,
     /// Where what this turn reads goes.
     turn: Batch<S::ReplyTo>,
     /// Something was written since the last flush.
@@ -244,6 +248,8 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         half_closed: None,
         reported_full: false,
         handed_back: 0,
+        next: None,
+        stray: IncomingPacket::default(),
         turn: Batch::default(),
         unflushed: false,
         retries: RetryQueue::default(),
@@ -608,9 +614,14 @@ impl<S: Session> Loop<S> {
                 }
                 return Ok(Poll::Pending);
             }
-            match self.reader.poll_next(cx) {
+            let packet = match (&mut self.next, &self.scope) {
+                (Some(next), _) => &mut next.0.packet,
+                (next, Some(scope)) => &mut next.insert(Request::new(Parts::empty(scope))).0.packet,
+                (None, None) => &mut self.stray,
+            };
+            match self.reader.poll_next(cx, packet) {
                 Poll::Pending => return Ok(Poll::Pending),
-                // Most of what arrives, taken out of its wrappings at once.
+                // Most of what arrives.
                 Poll::Ready(Some(Ok(Inbound::Request(delivery)))) => {
                     self.dispatch(MessageKind::Request, delivery)?;
                 }
@@ -638,7 +649,7 @@ impl<S: Session> Loop<S> {
                 if !self.short_replies.is_empty() {
                     self.send_replies();
                 }
-                self.replies.push(packet);
+                self.replies.push(*packet);
                 Ok(())
             }
             Inbound::Reply(reply) => {
@@ -662,14 +673,22 @@ impl<S: Session> Loop<S> {
                 Ok(())
             }
             Inbound::Cancel { id } => {
+                self.forget_packet();
                 self.cancel(&id);
                 Ok(())
             }
             Inbound::Bad { reason } => {
+                self.forget_packet();
                 self.report_bad(reason);
                 Ok(())
             }
         }
+    }
+
+    /// Nothing is left of an arrival that became no request, where the next one is read to.
+    fn forget_packet(&mut self) {
+        let packet = self.next.as_mut().map_or(&mut self.stray, |next| &mut next.0.packet);
+        *packet = IncomingPacket::default();
     }
 
     fn report_bad(&self, reason: String) {
@@ -706,6 +725,7 @@ impl<S: Session> Loop<S> {
     fn replace_table(&mut self, table: Arc<RouteTable>) {
         // Its routes are places of the old table.
         self.send_invokes();
+        self.next = None;
         for slot in self.shared.inner.lock().slots.values_mut() {
             if let SlotRoute::At(index) = slot.route {
                 slot.route = SlotRoute::Named(self.table.route_at(index).cloned());
@@ -723,13 +743,20 @@ impl<S: Session> Loop<S> {
     }
 
     fn dispatch(&mut self, kind: MessageKind, delivery: Delivery<S::ReplyTo>) -> Result<(), SessionError> {
+        let Some(mut request) = self.next.take() else {
+            let packet = std::mem::take(&mut self.stray);
+            return self.unhandled(kind, delivery, packet);
+        };
         self.refresh_table();
         let entry = match &delivery.key {
-            PatternKey::Raw(raw) => self.table.find(self.env.transport.format, raw),
+            PatternKey::Packet => {
+                let pattern = request.0.packet.pattern.as_deref().unwrap_or_default();
+                self.table.find(self.env.transport.format, pattern)
+            }
             PatternKey::Route(route) => self.table.get(route),
         };
         let (Some(entry), Some(scope)) = (entry, &self.scope) else {
-            return self.unhandled(kind, delivery);
+            return self.unhandled(kind, delivery, request.0.packet);
         };
         let chain: &[Arc<HandlerRef>] = match (kind, &entry.message, entry.events.as_slice()) {
             (MessageKind::Request, Some(message), _) | (_, Some(message), []) => {
@@ -743,28 +770,21 @@ impl<S: Session> Loop<S> {
             self.turn.send(&self.shared, &self.env, Some(scope));
             if !self.turn.aim(only) {
                 // Unrouted meanwhile.
-                return self.unhandled(kind, delivery);
+                return self.unhandled(kind, delivery, request.0.packet);
             }
         }
-        let Delivery { key, data, metadata, id, reply_to, context } = delivery;
-        let deadline = metadata.as_ref().and_then(deadline_of);
         let route = entry.index;
-        // In its box at once: it is large, and moved on from here.
-        let mut request = Request::new(Parts {
-            scope: Arc::clone(scope),
-            route,
-            kind,
-            raw_pattern: match key {
-                PatternKey::Raw(raw) => Some(raw),
-                PatternKey::Route(_) => None,
-            },
-            data,
-            metadata,
-            context,
-            deadline,
-            slot: RequestKey::NONE,
-            extensions: None,
-        });
+        let parts = &mut *request.0;
+        if !Arc::ptr_eq(&parts.scope, scope) {
+            parts.scope = Arc::clone(scope);
+        }
+        parts.route = route;
+        parts.kind = kind;
+        parts.by_address = matches!(delivery.key, PatternKey::Route(_));
+        parts.deadline = parts.packet.metadata.as_ref().and_then(deadline_of);
+        parts.context = delivery.context;
+        let id = parts.packet.id.take().unwrap_or_default();
+        let reply_to = delivery.reply_to;
         if let ([only], Some(replica), false) = (chain, self.turn.here(), self.shared.settles) {
             // The usual case, in which a request that is done at once needs no slot, and its answer nothing but its id.
             let (replica, endpoint) = (Rc::clone(replica), only.endpoint);
@@ -775,27 +795,24 @@ impl<S: Session> Loop<S> {
                     self.done_in_place();
                     match kind {
                         MessageKind::Event => Ok(()),
-                        MessageKind::Request => {
-                            let id = id.unwrap_or_default();
-                            self.respond(Response { reply_to, id, body, headers })
-                        }
+                        MessageKind::Request => self.respond(Response { reply_to, id, body, headers }),
                     }
                 }
                 begun => {
-                    let slot = Slot::new(kind, reply_to, id.unwrap_or_default(), route, 1);
+                    let slot = Slot::new(kind, reply_to, id, route, 1);
                     self.admit(&replica, endpoint, begun, key, slot);
                     Ok(())
                 }
             };
         }
         let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };
-        let mut slot = Slot::new(kind, reply_to, id.unwrap_or_default(), route, handlers);
+        let mut slot = Slot::new(kind, reply_to, id, route, handlers);
         if self.shared.settles {
             let policy = chain.iter().find_map(|handler| handler.info.on_failure);
             if let Some(policy) = policy.or(self.env.limits.on_failure) {
                 let retrial = match &policy {
                     FailurePolicy::Retry(policy) => {
-                        Some(Box::new(Retrial::new(policy, Parts::clone(&request.0), chain.to_vec())))
+                        Some(Box::new(Retrial::new(policy, request.clone(), chain.to_vec())))
                     }
                     _ => None,
                 };
@@ -809,7 +826,7 @@ impl<S: Session> Loop<S> {
                     return self.call_and_settle(&replica, endpoint, request, slot);
                 }
                 self.env.control.admitted.add(1);
-                self.turn.push(only, *request.0, slot);
+                self.turn.push(only, request, slot);
             }
             chain => {
                 self.env.control.admitted.add(1);
@@ -817,7 +834,7 @@ impl<S: Session> Loop<S> {
                 let key = self.shared.next_key();
                 self.shared.inner.lock().slots.insert(key, slot);
                 request.0.slot = key;
-                self.invoke_all(&chain, key, *request.0);
+                self.invoke_all(&chain, key, request);
             }
         }
         Ok(())
@@ -878,22 +895,22 @@ impl<S: Session> Loop<S> {
     }
 
     /// Hands a request that has its slot to each of several handlers.
-    fn invoke_all(&mut self, chain: &[Arc<HandlerRef>], slot: RequestKey, parts: Parts) {
+    fn invoke_all(&mut self, chain: &[Arc<HandlerRef>], slot: RequestKey, request: Request) {
         let format = self.env.transport.format;
         let responder = || Responder::new(Arc::clone(&self.sink), slot, format);
-        let responders: Vec<Responder> = if parts.kind == MessageKind::Request && chain.len() > 1 {
+        let responders: Vec<Responder> = if request.kind() == MessageKind::Request && chain.len() > 1 {
             let gather = ChainSink::new(chain.len(), responder());
             (0..chain.len()).map(|member| gather.responder(member as u32)).collect()
         } else {
             (0..chain.len()).map(|member| responder().of_member(member as u32)).collect()
         };
         for (handler, responder) in chain.iter().zip(responders) {
-            self.invoke(handler, parts.clone(), responder);
+            self.invoke(handler, request.clone(), responder);
         }
     }
 
     /// Calls a handler on this arbiter, or adds the request to what goes to its replica on another one.
-    fn invoke(&mut self, handler: &Arc<HandlerRef>, parts: Parts, responder: Responder) {
+    fn invoke(&mut self, handler: &Arc<HandlerRef>, request: Request, responder: Responder) {
         if !self.turn.aims_at(handler) {
             self.send_invokes();
             if !self.turn.aim(handler) {
@@ -902,8 +919,8 @@ impl<S: Session> Loop<S> {
             }
         }
         match self.turn.here() {
-            Some(replica) => replica.call(handler.endpoint, Request::new(parts), responder),
-            None => self.turn.push_with(handler, parts, responder),
+            Some(replica) => replica.call(handler.endpoint, request, responder),
+            None => self.turn.push_with(handler, request, responder),
         }
     }
 
@@ -919,7 +936,7 @@ impl<S: Session> Loop<S> {
             let pause = retrial.pause();
             let event = ServiceEvent::Retry {
                 transport: Arc::clone(&self.env.transport.name),
-                route: retrial.parts.place().route.clone(),
+                route: retrial.request.0.place().route.clone(),
                 attempt: retrial.attempts,
                 pause,
             };
@@ -946,17 +963,17 @@ impl<S: Session> Loop<S> {
                 break;
             }
             let Poll::Ready(key) = self.retries.poll_due(cx) else { break };
-            let Some(Attempt { parts, handlers, members }) = self.shared.try_again(key) else { continue };
-            match parts.kind {
+            let Some(Attempt { request, handlers, members }) = self.shared.try_again(key) else { continue };
+            match request.kind() {
                 // Several event handlers that are asked answer as one.
-                MessageKind::Request => self.invoke_all(&handlers, key, parts),
+                MessageKind::Request => self.invoke_all(&handlers, key, request),
                 MessageKind::Event => {
                     for member in members {
                         let Some(handler) = handlers.get(member as usize) else { continue };
                         let responder =
                             Responder::new(Arc::clone(&self.sink), key, self.env.transport.format);
                         let responder = responder.of_member(member);
-                        self.invoke(handler, parts.clone(), responder);
+                        self.invoke(handler, request.clone(), responder);
                     }
                 }
             }
@@ -965,14 +982,19 @@ impl<S: Session> Loop<S> {
         Ok(())
     }
 
-    fn unhandled(&mut self, kind: MessageKind, delivery: Delivery<S::ReplyTo>) -> Result<(), SessionError> {
+    fn unhandled(
+        &mut self,
+        kind: MessageKind,
+        delivery: Delivery<S::ReplyTo>,
+        packet: IncomingPacket,
+    ) -> Result<(), SessionError> {
         let transport = Arc::clone(&self.env.transport.name);
-        let pattern = match &delivery.key {
-            PatternKey::Raw(raw) if raw.is_empty() => "undefined".to_owned(),
-            PatternKey::Raw(raw) => String::from_utf8_lossy(raw.get(..256).unwrap_or(raw)).into_owned(),
-            PatternKey::Route(route) => route.to_string(),
+        let pattern = match (&delivery.key, packet.pattern.as_deref().unwrap_or_default()) {
+            (PatternKey::Route(route), _) => route.to_string(),
+            (PatternKey::Packet, []) => "undefined".to_owned(),
+            (PatternKey::Packet, raw) => String::from_utf8_lossy(raw.get(..256).unwrap_or(raw)).into_owned(),
         };
-        match (kind, delivery.id) {
+        match (kind, packet.id) {
             (MessageKind::Request, Some(id)) => {
                 self.env.events.emit(ServiceEvent::NoMessageHandler { transport, pattern });
                 let reply_to = delivery.reply_to.clone();

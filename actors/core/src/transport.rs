@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use crate::error::SessionError;
 use crate::headers::Headers;
-use crate::packet::{Metadata, Raw, ResponseBody, ResponsePacket, ShortReply};
+use crate::packet::{IncomingPacket, Metadata, Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::{Pattern, Route};
 use crate::payload::{Format, Payload};
 use crate::request::TIMEOUT_KEY;
@@ -114,24 +114,17 @@ pub struct Subscription {
 /// How a delivery's handler is found.
 #[derive(Debug, Clone)]
 pub enum PatternKey {
-    /// The raw bytes of the packet's pattern, in the payload format. Looked up as they are, normalised on
-    /// a miss. Empty means that the packet has no pattern.
-    Raw(Raw),
+    /// By the packet's pattern. Looked up as it is, normalised on a miss.
+    Packet,
     /// The route of the subscription that matched.
     Route(Route),
 }
 
-/// A request or event as it arrived.
+/// What there is to say of a request or event beside its packet.
 #[derive(Debug)]
 pub struct Delivery<R> {
     /// How its handler is found.
     pub key: PatternKey,
-    /// The payload, still raw. `None` when the packet had none.
-    pub data: Option<Payload>,
-    /// The packet's metadata, still raw.
-    pub metadata: Option<Payload>,
-    /// The packet id, raw: present on requests.
-    pub id: Option<Raw>,
     /// What the transporter needs to answer (and to settle).
     pub reply_to: R,
     /// The transporter's context of this message; `None` for that of the session.
@@ -147,7 +140,7 @@ pub enum Inbound<R> {
     /// A message that wants none.
     Event(Delivery<R>),
     /// A response to a request of ours.
-    Response(ResponsePacket),
+    Response(Box<ResponsePacket>),
     /// A response to a request of ours that is one short value, the last one.
     Reply(ShortReply),
     /// A request of ours reached nobody (a broker without subscribers said so).
@@ -394,7 +387,14 @@ pub trait Session: 'static {
 pub trait SessionReader<R>: 'static {
     /// The next arrival; `None` when the other end has closed or a drain is complete. Not polled again
     /// after `None` or an error.
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Inbound<R>, SessionError>>>;
+    ///
+    /// A request or event has its packet put into `packet`, which is empty before; with any other arrival nobody looks
+    /// at what is in it.
+    fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        packet: &mut IncomingPacket,
+    ) -> Poll<Option<Result<Inbound<R>, SessionError>>>;
 
     /// Takes replies that have arrived already and would be the next arrivals, one [`Inbound::Reply`] each: at most
     /// `max` of them, in their order. Asked for after such an arrival, because replies come many at a time. Default:

@@ -13,6 +13,7 @@ use bytes::{Bytes, BytesMut};
 use martlet_core::Headers;
 use martlet_core::codec::Codec;
 use martlet_core::error::SessionError;
+use martlet_core::packet::IncomingPacket;
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Response, Role, Session,
     SessionReader, SessionWriter, Settlement, Subscription, Taken, WriteError,
@@ -228,7 +229,7 @@ impl Shared {
     /// A call ends with an error of ours.
     fn fail(&mut self, id: &PacketId, reason: &str) {
         let packet = wire::failed_call(self.settings.codec.format(), id, reason);
-        self.ready.push_back(Inbound::Response(packet));
+        self.ready.push_back(Inbound::Response(Box::new(packet)));
     }
 
     fn report(&mut self, reason: String) {
@@ -282,10 +283,10 @@ impl Shared {
     }
 
     /// Makes an arrival of a message; `None` when it is not for the runtime.
-    fn read(&mut self, publish: Publish) -> Option<Inbound<MqttReplyTo>> {
+    fn read(&mut self, publish: Publish, packet: &mut IncomingPacket) -> Option<Inbound<MqttReplyTo>> {
         let ack = (publish.qos != MqttQos::AtMostOnce).then_some(AckTo { id: publish.id, qos: publish.qos });
         let inbound = match self.settings.role {
-            Role::Server => self.deliver(publish, ack),
+            Role::Server => self.deliver(publish, ack, packet),
             Role::Client => self.reply(&publish),
         };
         let is_settled_later =
@@ -308,10 +309,15 @@ impl Shared {
         if packet.body.is_final() {
             self.replies.end(&id);
         }
-        self.replies.is_ours(&id).then_some(Inbound::Response(packet))
+        self.replies.is_ours(&id).then(|| Inbound::Response(Box::new(packet)))
     }
 
-    fn deliver(&mut self, publish: Publish, ack: Option<AckTo>) -> Option<Inbound<MqttReplyTo>> {
+    fn deliver(
+        &mut self,
+        publish: Publish,
+        ack: Option<AckTo>,
+        packet: &mut IncomingPacket,
+    ) -> Option<Inbound<MqttReplyTo>> {
         let topic = std::str::from_utf8(&publish.topic).unwrap_or_default();
         let identifiers =
             publish.properties.as_ref().map(|properties| properties.subscription_identifiers.as_slice());
@@ -324,7 +330,7 @@ impl Shared {
         if wild && topic.ends_with(REPLY) && wire::is_reply(codec, &publish.payload) {
             return None;
         }
-        let packet = match wire::decode_request(codec, &publish.payload) {
+        *packet = match wire::decode_request(codec, &publish.payload) {
             Ok(packet) => packet,
             Err(reason) => return Some(Inbound::Bad { reason: format!("message on {topic}: {reason}") }),
         };
@@ -339,9 +345,6 @@ impl Shared {
         };
         let delivery = Delivery {
             key: PatternKey::Route(route),
-            data: packet.data,
-            metadata: packet.metadata,
-            id: packet.id,
             reply_to: MqttReplyTo { topic: publish.topic, ack: ack.filter(|_| self.settings.manual_acks) },
             context: Some(Arc::new(context)),
         };
@@ -351,6 +354,7 @@ impl Shared {
     fn poll_next(
         &mut self,
         cx: &mut Context<'_>,
+        packet: &mut IncomingPacket,
     ) -> Poll<Option<Result<Inbound<MqttReplyTo>, SessionError>>> {
         loop {
             self.take_signals();
@@ -364,7 +368,7 @@ impl Shared {
                 return Poll::Ready(Some(Ok(Inbound::Bad { reason })));
             }
             while let Some(publish) = self.link.next_arrival() {
-                if let Some(inbound) = self.read(publish) {
+                if let Some(inbound) = self.read(publish, packet) {
                     return Poll::Ready(Some(Ok(inbound)));
                 }
             }
@@ -464,8 +468,9 @@ impl SessionReader<MqttReplyTo> for MqttReader {
     fn poll_next(
         &mut self,
         cx: &mut Context<'_>,
+        packet: &mut IncomingPacket,
     ) -> Poll<Option<Result<Inbound<MqttReplyTo>, SessionError>>> {
-        self.shared.borrow_mut().poll_next(cx)
+        self.shared.borrow_mut().poll_next(cx, packet)
     }
 
     fn drain(&mut self) {

@@ -13,7 +13,7 @@ use bytes::BytesMut;
 use futures::future::LocalBoxFuture;
 use martlet_core::Headers;
 use martlet_core::error::SessionError;
-use martlet_core::packet::ResponseBody;
+use martlet_core::packet::{IncomingPacket, ResponseBody};
 use martlet_core::pattern::Route;
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Response, Session,
@@ -152,7 +152,13 @@ impl NatsReader {
     }
 
     /// Makes an arrival of a message; `None` when it is not for the runtime.
-    fn read(&mut self, key: usize, message: Message, cx: &mut Context<'_>) -> Option<Inbound<NatsReplyTo>> {
+    fn read(
+        &mut self,
+        key: usize,
+        message: Message,
+        cx: &mut Context<'_>,
+        packet: &mut IncomingPacket,
+    ) -> Option<Inbound<NatsReplyTo>> {
         let link = &self.link;
         let streams = link.streams.borrow();
         match streams.tag(key)? {
@@ -162,7 +168,7 @@ impl NatsReader {
                     return None;
                 }
                 let key = PatternKey::Route(route.clone());
-                Some(deliver(link, key, *endpoint, message))
+                Some(deliver(link, key, *endpoint, message, packet))
             }
             Purpose::Inbox => {
                 let token = wire::last_token(&message.subject);
@@ -178,7 +184,7 @@ impl NatsReader {
                 }
                 let status = message.status.map(|status| status.as_u16());
                 match wire::decode_response(&*link.settings.codec, token, status, &message.payload) {
-                    Answer::Reply(packet) => Some(Inbound::Response(packet)),
+                    Answer::Reply(packet) => Some(Inbound::Response(Box::new(packet))),
                     Answer::Nobody => Some(Inbound::Unreachable { id }),
                     Answer::Foreign => None,
                 }
@@ -220,7 +226,13 @@ impl NatsReader {
 }
 
 /// A request or event.
-fn deliver(link: &Link, key: PatternKey, endpoint: u32, message: Message) -> Inbound<NatsReplyTo> {
+fn deliver(
+    link: &Link,
+    key: PatternKey,
+    endpoint: u32,
+    message: Message,
+    packet: &mut IncomingPacket,
+) -> Inbound<NatsReplyTo> {
     let Message { subject, reply, payload, headers, .. } = message;
     let headers = match &headers {
         None => Headers::new(),
@@ -237,17 +249,13 @@ fn deliver(link: &Link, key: PatternKey, endpoint: u32, message: Message) -> Inb
             wire::headers_of(map)
         }
     };
-    let packet = match wire::decode_request(&*link.settings.codec, &payload, &headers) {
-        Ok(packet) => packet,
-        Err(reason) => return Inbound::Bad { reason: format!("message on {}: {reason}", &*subject) },
-    };
+    if let Err(reason) = wire::read_request(&*link.settings.codec, payload, &headers, packet) {
+        return Inbound::Bad { reason: format!("message on {}: {reason}", &*subject) };
+    }
     let is_event = packet.is_event();
     let watched = (endpoint != u32::MAX && !is_event).then(|| (endpoint, Instant::now()));
     let delivery = Delivery {
         key,
-        data: packet.data,
-        metadata: packet.metadata,
-        id: packet.id,
         reply_to: NatsReplyTo { subject: reply.clone(), watched },
         context: Some(Arc::new(NatsContext { subject, reply, headers })),
     };
@@ -258,6 +266,7 @@ impl SessionReader<NatsReplyTo> for NatsReader {
     fn poll_next(
         &mut self,
         cx: &mut Context<'_>,
+        packet: &mut IncomingPacket,
     ) -> Poll<Option<Result<Inbound<NatsReplyTo>, SessionError>>> {
         loop {
             if self.link.signals.is_raised() {
@@ -270,7 +279,7 @@ impl SessionReader<NatsReplyTo> for NatsReader {
             match next {
                 Poll::Ready((key, Some(message))) => {
                     self.progress = true;
-                    if let Some(inbound) = self.read(key, message, cx) {
+                    if let Some(inbound) = self.read(key, message, cx, packet) {
                         return Poll::Ready(Some(Ok(inbound)));
                     }
                 }

@@ -135,19 +135,20 @@ fn finish(result: Result<(), CodecError>, out: &mut BytesMut) -> Result<Bytes, W
 
 /// NATS-2, NATS-6: reads a request or event. An empty body and one that is not JSON are errors (NATS-5): they end a NestJS service,
 /// not this one.
-pub(crate) fn decode_request(
+pub(crate) fn read_request(
     codec: &dyn Codec,
-    body: &Bytes,
+    body: Bytes,
     headers: &Headers,
-) -> Result<IncomingPacket, String> {
+    packet: &mut IncomingPacket,
+) -> Result<(), String> {
     if body.is_empty() {
         return Err("the body is empty".to_owned());
     }
-    let mut packet = codec.decode_request(body.into()).map_err(|error| error.to_string())?;
+    codec.read_request(body.into(), packet).map_err(|error| error.to_string())?;
     if packet.metadata.is_none() && !headers.is_empty() {
         packet.metadata = metadata_of(codec.format(), headers);
     }
-    Ok(packet)
+    Ok(())
 }
 
 /// Metadata from headers, for callers that send no packet metadata.

@@ -20,6 +20,11 @@ fn vectors() -> Vectors {
     Vectors::new(NEST_11, &NEST_12)
 }
 
+fn decode_request(codec: &dyn Codec, body: &Bytes, headers: &Headers) -> Result<IncomingPacket, String> {
+    let mut packet = IncomingPacket::default();
+    read_request(codec, body.clone(), headers, &mut packet).map(|()| packet)
+}
+
 fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap()
 }

@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 
-use martlet_core::packet::Raw;
 use martlet_core::pattern::{Route, route_of_incoming};
 use martlet_core::payload::Format;
 use martlet_core::transport::PatternKey;
@@ -33,19 +32,19 @@ impl Routes {
     }
 
     /// RMQ-14: the exact route wins, then the first one that matches.
-    pub(crate) fn key_of(&mut self, format: Format, raw: Raw) -> PatternKey {
-        if let Some(known) = self.known.get(&raw[..]) {
+    pub(crate) fn key_of(&mut self, format: Format, raw: &[u8]) -> PatternKey {
+        if let Some(known) = self.known.get(raw) {
             return match known {
                 Some(route) => PatternKey::Route(route.clone()),
-                None => PatternKey::Raw(raw),
+                None => PatternKey::Packet,
             };
         }
-        let found = self.find(format, &raw);
+        let found = self.find(format, raw);
         if self.known.len() >= REMEMBERED {
             self.known.clear();
         }
-        self.known.insert(raw[..].into(), found.clone());
-        found.map_or(PatternKey::Raw(raw), PatternKey::Route)
+        self.known.insert(raw.into(), found.clone());
+        found.map_or(PatternKey::Packet, PatternKey::Route)
     }
 
     fn find(&self, format: Format, raw: &[u8]) -> Option<Route> {
@@ -91,7 +90,6 @@ pub(crate) fn matches(pattern: &str, key: &str) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use bytes::Bytes;
     use martlet_core::Pattern;
 
     #[track_caller]
@@ -146,8 +144,8 @@ mod tests {
         check(&pattern, &[&format!("{}b", "a.".repeat(60))], &[&"a.".repeat(60)]);
     }
 
-    fn raw(text: &str) -> Raw {
-        Bytes::from(serde_json::to_vec(text).unwrap()).into()
+    fn raw(text: &str) -> Vec<u8> {
+        serde_json::to_vec(text).unwrap()
     }
 
     #[test]
@@ -157,18 +155,18 @@ mod tests {
             routes.add(Pattern::from(pattern).route().clone());
         }
         for _ in 0..2 {
-            assert!(matches!(routes.key_of(Format::Json, raw("a.b")), PatternKey::Raw(_)));
+            assert!(matches!(routes.key_of(Format::Json, &raw("a.b")), PatternKey::Packet));
             assert!(
-                matches!(routes.key_of(Format::Json, raw("a.c")), PatternKey::Route(found) if &*found == "a.*")
+                matches!(routes.key_of(Format::Json, &raw("a.c")), PatternKey::Route(found) if &*found == "a.*")
             );
             assert!(
-                matches!(routes.key_of(Format::Json, raw("a.c.d")), PatternKey::Route(found) if &*found == "a.#")
+                matches!(routes.key_of(Format::Json, &raw("a.c.d")), PatternKey::Route(found) if &*found == "a.#")
             );
-            assert!(matches!(routes.key_of(Format::Json, raw("x")), PatternKey::Raw(_)));
+            assert!(matches!(routes.key_of(Format::Json, &raw("x")), PatternKey::Packet));
         }
         routes.remove(Pattern::from("a.*").route());
         assert!(
-            matches!(routes.key_of(Format::Json, raw("a.c")), PatternKey::Route(found) if &*found == "a.#")
+            matches!(routes.key_of(Format::Json, &raw("a.c")), PatternKey::Route(found) if &*found == "a.#")
         );
     }
 }

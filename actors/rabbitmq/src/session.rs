@@ -17,7 +17,7 @@ use lapin::options::{BasicAckOptions, BasicNackOptions};
 use lapin::types::{FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Consumer, Event};
 use martlet_core::error::{RpcError, SessionError};
-use martlet_core::packet::{Raw, ResponseBody, ResponsePacket};
+use martlet_core::packet::{IncomingPacket, ResponseBody, ResponsePacket};
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Response, Session,
     SessionReader, SessionWriter, Settlement, Subscription, Taken, WriteError,
@@ -207,12 +207,12 @@ impl RmqReader {
         Ok(())
     }
 
-    fn deliver(&mut self, arrived: Arrived) -> Inbound<RmqReplyTo> {
+    fn deliver(&mut self, arrived: Arrived, packet: &mut IncomingPacket) -> Inbound<RmqReplyTo> {
         let shared = &self.shared;
         let Arrived { delivery_tag, exchange, routing_key, redelivered, properties, data, .. } = arrived;
         let content = Bytes::from(data);
         let codec = &*shared.settings.codec;
-        let packet = match wire::decode_request(codec, content.clone()) {
+        *packet = match wire::decode_request(codec, content.clone()) {
             Ok(packet) => packet,
             Err(reason) => {
                 // RMQ-9: no handler will ever see it.
@@ -225,12 +225,11 @@ impl RmqReader {
         };
         let is_event = packet.is_event();
         let key = match (&packet.pattern, shared.routes.borrow_mut().as_mut()) {
-            (Some(raw), Some(routes)) => routes.key_of(codec.format(), raw.clone()),
-            (Some(raw), None) => PatternKey::Raw(raw.clone()),
-            (None, _) => PatternKey::Raw(Raw::default()),
+            (Some(raw), Some(routes)) => routes.key_of(codec.format(), raw),
+            _ => PatternKey::Packet,
         };
         let message = Arc::new(RmqContext {
-            pattern: packet.pattern,
+            pattern: packet.pattern.clone(),
             format: codec.format(),
             content,
             properties,
@@ -241,14 +240,8 @@ impl RmqReader {
             settled: AtomicBool::new(false),
             settler: shared.settler.clone(),
         });
-        let delivery = Delivery {
-            key,
-            data: packet.data,
-            metadata: packet.metadata,
-            id: packet.id,
-            reply_to: RmqReplyTo { message: Arc::clone(&message) },
-            context: Some(message),
-        };
+        let delivery =
+            Delivery { key, reply_to: RmqReplyTo { message: Arc::clone(&message) }, context: Some(message) };
         // RMQ-9: the id in the body decides, not the reply address.
         if is_event { Inbound::Event(delivery) } else { Inbound::Request(delivery) }
     }
@@ -265,7 +258,7 @@ impl RmqReader {
             };
         }
         let body = Bytes::from(arrived.data);
-        Inbound::Response(wire::decode_response(&*self.shared.settings.codec, id, &body))
+        Inbound::Response(Box::new(wire::decode_response(&*self.shared.settings.codec, id, &body)))
     }
 
     fn outcome(&self, outcome: Outcome) -> Inbound<RmqReplyTo> {
@@ -281,19 +274,23 @@ impl RmqReader {
             Outcome::Refused(What::Request(id)) => {
                 let format = self.shared.settings.codec.format();
                 let error = RpcError::message("the broker refused the request");
-                Inbound::Response(ResponsePacket {
+                Inbound::Response(Box::new(ResponsePacket {
                     id: Some(wire::raw_id(format, id.as_str())),
                     status: None,
                     body: ResponseBody::Error(error.to_payload(format)),
                     foreign: false,
-                })
+                }))
             }
         }
     }
 }
 
 impl SessionReader<RmqReplyTo> for RmqReader {
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Inbound<RmqReplyTo>, SessionError>>> {
+    fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        packet: &mut IncomingPacket,
+    ) -> Poll<Option<Result<Inbound<RmqReplyTo>, SessionError>>> {
         loop {
             let outcome = self.shared.outcomes.borrow_mut().pop_front();
             if let Some(outcome) = outcome {
@@ -307,7 +304,7 @@ impl SessionReader<RmqReplyTo> for RmqReader {
             match arrived {
                 Poll::Ready(Some(arrived)) => {
                     let inbound = match self.shared.settings.side {
-                        Side::Server { .. } => self.deliver(arrived),
+                        Side::Server { .. } => self.deliver(arrived, packet),
                         Side::Client { .. } => self.reply(arrived),
                     };
                     return Poll::Ready(Some(Ok(inbound)));

@@ -249,12 +249,12 @@ impl Link {
         let format = self.settings.codec.format();
         let told = Told { status: "error", message };
         let error = Payload::encode(format, &told).unwrap_or_else(|_| Payload::null(format));
-        Inbound::Response(ResponsePacket {
+        Inbound::Response(Box::new(ResponsePacket {
             id: Some(wire::raw_id(format, id.as_str()).into()),
             status: None,
             body: ResponseBody::Error(error),
             foreign: false,
-        })
+        }))
     }
 
     /// Publishes what is to be published; ready when the broker has answered for all of it.

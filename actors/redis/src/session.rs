@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use martlet_core::error::SessionError;
+use martlet_core::packet::IncomingPacket;
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Response, Session,
     SessionReader, SessionWriter, Taken, WriteError,
@@ -88,7 +89,7 @@ impl std::fmt::Debug for RedisReader {
 
 impl RedisReader {
     /// The next thing to read, if there is one.
-    fn next(&self) -> Option<Inbound<RedisReplyTo>> {
+    fn next(&self, packet: &mut IncomingPacket) -> Option<Inbound<RedisReplyTo>> {
         if let Some((receipt, refused)) = self.link.confirmed.borrow_mut().pop_front() {
             return Some(Inbound::Confirmed { receipt, refused });
         }
@@ -103,24 +104,31 @@ impl RedisReader {
                 }
                 subscriber.pop()?
             };
-            if let Some(inbound) = self.read(arrival) {
+            if let Some(inbound) = self.read(arrival, packet) {
                 return Some(inbound);
             }
         }
     }
 
     /// What an arrival is; `None` when it is not for the runtime.
-    fn read(&self, Arrival { target, channel, body }: Arrival) -> Option<Inbound<RedisReplyTo>> {
+    fn read(&self, arrival: Arrival, packet: &mut IncomingPacket) -> Option<Inbound<RedisReplyTo>> {
+        let Arrival { target, channel, body } = arrival;
         match (target, channel) {
-            (Target::Serve(served), None) => Some(self.deliver(&served, None, body)),
-            (Target::Serve(served), Some(channel)) => self.matched(&served, channel, body),
+            (Target::Serve(served), None) => Some(self.deliver(&served, None, body, packet)),
+            (Target::Serve(served), Some(channel)) => self.matched(&served, channel, body, packet),
             (Target::Cancel, _) => Some(Inbound::Cancel { id: body.into() }),
             (Target::Reply, channel) => self.reply(channel, body),
         }
     }
 
     /// A message on a channel that a glob matched.
-    fn matched(&self, served: &Served, channel: Bytes, body: Bytes) -> Option<Inbound<RedisReplyTo>> {
+    fn matched(
+        &self,
+        served: &Served,
+        channel: Bytes,
+        body: Bytes,
+        packet: &mut IncomingPacket,
+    ) -> Option<Inbound<RedisReplyTo>> {
         let codec = &*self.link.settings.codec;
         // REDIS-10: a reply is nothing to handle, least of all one of our own. Neither is a cancellation.
         if (wire::is_reply_channel(&channel) && wire::is_reply(codec, &body))
@@ -128,11 +136,17 @@ impl RedisReader {
         {
             return None;
         }
-        Some(self.deliver(served, Some(channel), body))
+        Some(self.deliver(served, Some(channel), body, packet))
     }
 
-    fn deliver(&self, served: &Served, channel: Option<Bytes>, body: Bytes) -> Inbound<RedisReplyTo> {
-        let packet = match wire::decode_request(&*self.link.settings.codec, body) {
+    fn deliver(
+        &self,
+        served: &Served,
+        channel: Option<Bytes>,
+        body: Bytes,
+        packet: &mut IncomingPacket,
+    ) -> Inbound<RedisReplyTo> {
+        *packet = match wire::decode_request(&*self.link.settings.codec, body) {
             Ok(packet) => packet,
             Err(reason) => {
                 let channel = channel.as_deref().unwrap_or(served.route.as_bytes());
@@ -156,9 +170,6 @@ impl RedisReader {
         let delivery = Delivery {
             // REDIS-7.
             key: PatternKey::Route(served.route.clone()),
-            data: packet.data,
-            metadata: packet.metadata,
-            id: packet.id,
             reply_to: RedisReplyTo { channel: reply },
             context: Some(context),
         };
@@ -190,7 +201,7 @@ impl RedisReader {
         {
             link.replies.borrow_mut().release(&id);
         }
-        Some(Inbound::Response(packet))
+        Some(Inbound::Response(Box::new(packet)))
     }
 }
 
@@ -198,9 +209,10 @@ impl SessionReader<RedisReplyTo> for RedisReader {
     fn poll_next(
         &mut self,
         cx: &mut Context<'_>,
+        packet: &mut IncomingPacket,
     ) -> Poll<Option<Result<Inbound<RedisReplyTo>, SessionError>>> {
         loop {
-            if let Some(inbound) = self.next() {
+            if let Some(inbound) = self.next(packet) {
                 return Poll::Ready(Some(Ok(inbound)));
             }
             self.link.poll_turn(cx)?;

@@ -250,13 +250,17 @@ impl std::fmt::Debug for TcpReader {
 }
 
 impl SessionReader<()> for TcpReader {
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Inbound<()>, SessionError>>> {
+    fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        packet: &mut IncomingPacket,
+    ) -> Poll<Option<Result<Inbound<()>, SessionError>>> {
         loop {
             if self.ended {
                 return Poll::Ready(None);
             }
             if !self.buf.is_empty() {
-                match self.next_packet() {
+                match self.next_packet(packet) {
                     Ok(Some(Packet::Arrival(item))) => {
                         if self.extensions.greet.get() {
                             // A session writes before it reads, and the handler may be long in answering.
@@ -401,7 +405,7 @@ impl TcpReader {
     }
 
     /// Reads the next packet, if it has arrived whole.
-    fn next_packet(&mut self) -> Result<Option<Packet>, String> {
+    fn next_packet(&mut self, packet: &mut IncomingPacket) -> Result<Option<Packet>, String> {
         let (codec, limits) = (&*self.codec, &self.limits.frame);
         let frame = match self.framing.peek(&self.buf, &self.frame, limits) {
             Some(body) => match self.role {
@@ -418,9 +422,9 @@ impl TcpReader {
                 Err(error) => return Err(self.frame_fault(&error)),
             },
         };
-        let packet = match self.role {
-            Role::Server => match codec.decode_request(frame) {
-                Ok(packet) => Packet::Arrival(self.request(packet)),
+        Ok(Some(match self.role {
+            Role::Server => match codec.read_request(frame, packet) {
+                Ok(()) => Packet::Arrival(self.request(packet)),
                 Err(error) => return Err(error.to_string()),
             },
             // TCP-17, TCP-27.
@@ -428,8 +432,7 @@ impl TcpReader {
                 Ok(packet) => self.response(packet),
                 Err(error) => return Err(error.to_string()),
             },
-        };
-        Ok(Some(packet))
+        }))
     }
 
     fn response(&self, packet: ResponsePacket) -> Packet {
@@ -438,15 +441,13 @@ impl TcpReader {
             return Packet::Greeting;
         }
         self.extensions.peer_answered.set(true);
-        Packet::Arrival(Inbound::Response(packet))
+        Packet::Arrival(Inbound::Response(Box::new(packet)))
     }
 
-    fn request(&self, packet: IncomingPacket) -> Inbound<()> {
-        // TCP-13.
-        let pattern = packet.pattern.unwrap_or_default();
+    fn request(&self, packet: &mut IncomingPacket) -> Inbound<()> {
         if packet.id.is_none()
-            && is_text(&pattern, CANCEL)
-            && let Some(id) = packet.data
+            && packet.pattern.as_deref().is_some_and(|pattern| is_text(pattern, CANCEL))
+            && let Some(id) = packet.data.take()
         {
             // TCP-28.
             return Inbound::Cancel { id: id.into_raw() };
@@ -458,19 +459,10 @@ impl TcpReader {
             self.extensions.greeted.set(true);
             self.extensions.greet.set(true);
         }
+        // TCP-12, TCP-13; TCP-24, TCP-25: the metadata is read by the runtime.
+        let delivery = Delivery { key: PatternKey::Packet, reply_to: (), context: None };
         // TCP-11.
-        let request = packet.id.is_some();
-        let delivery = Delivery {
-            // TCP-12.
-            key: PatternKey::Raw(pattern),
-            data: packet.data,
-            // TCP-24, TCP-25: read by the runtime.
-            metadata: packet.metadata,
-            id: packet.id,
-            reply_to: (),
-            context: None,
-        };
-        if request { Inbound::Request(delivery) } else { Inbound::Event(delivery) }
+        if packet.is_event() { Inbound::Event(delivery) } else { Inbound::Request(delivery) }
     }
 }
 

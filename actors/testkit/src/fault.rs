@@ -28,6 +28,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::task::AtomicWaker;
+use martlet_core::packet::IncomingPacket;
 use martlet_core::transport::{
     Accept, ContextData, Delivery, Dial, Inbound, Listen, Open, Outbound, Response, Session, SessionPlan,
     SessionReader, SessionWriter, WriteError,
@@ -220,8 +221,8 @@ pub struct FaultyReader<S, R> {
     inner: S,
     line: Arc<LineState>,
     faults: Faults,
-    held: Option<(Pin<Box<Sleep>>, Inbound<R>)>,
-    again: Option<Inbound<R>>,
+    held: Option<(Pin<Box<Sleep>>, (Inbound<R>, IncomingPacket))>,
+    again: Option<(Inbound<R>, IncomingPacket)>,
 }
 
 impl<S, R> fmt::Debug for FaultyReader<S, R> {
@@ -233,9 +234,6 @@ impl<S, R> fmt::Debug for FaultyReader<S, R> {
 fn twice<R: Clone>(item: &Inbound<R>) -> Option<Inbound<R>> {
     let again = |delivery: &Delivery<R>| Delivery {
         key: delivery.key.clone(),
-        data: delivery.data.clone(),
-        metadata: delivery.metadata.clone(),
-        id: delivery.id.clone(),
         reply_to: delivery.reply_to.clone(),
         context: delivery.context.clone(),
     };
@@ -254,7 +252,11 @@ where
     S: SessionReader<R>,
     R: Clone + 'static,
 {
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Inbound<R>, SessionError>>> {
+    fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        packet: &mut IncomingPacket,
+    ) -> Poll<Option<Result<Inbound<R>, SessionError>>> {
         self.line.reader.register(cx.waker());
         loop {
             if let Err(error) = self.line.check() {
@@ -262,12 +264,17 @@ where
             }
             if let Some((pause, _)) = &mut self.held {
                 std::task::ready!(pause.as_mut().poll(cx));
-                return Poll::Ready(self.held.take().map(|(_, item)| Ok(item)));
+                return Poll::Ready(self.held.take().map(|(_, (item, of_it))| {
+                    *packet = of_it;
+                    Ok(item)
+                }));
             }
-            if let Some(item) = self.again.take() {
+            if let Some((item, of_it)) = self.again.take() {
+                *packet = of_it;
                 return Poll::Ready(Some(Ok(item)));
             }
-            let item = match std::task::ready!(self.inner.poll_next(cx)) {
+            *packet = IncomingPacket::default();
+            let item = match std::task::ready!(self.inner.poll_next(cx, packet)) {
                 Some(Ok(item)) => item,
                 end => return Poll::Ready(end),
             };
@@ -284,12 +291,13 @@ where
                 continue;
             }
             if every(plan.duplicate_every) {
-                self.again = twice(&item);
+                self.again = twice(&item).map(|item| (item, packet.clone()));
             }
             if plan.read_delay.is_zero() {
                 return Poll::Ready(Some(Ok(item)));
             }
-            self.held = Some((Box::pin(tokio::time::sleep(plan.read_delay)), item));
+            let pause = Box::pin(tokio::time::sleep(plan.read_delay));
+            self.held = Some((pause, (item, std::mem::take(packet))));
         }
     }
 

@@ -79,8 +79,7 @@ pub(crate) fn packet(input: &[u8]) {
         [&request.data, &request.metadata].into_iter().flatten().for_each(payload);
         let Some(raw) = &request.pattern else { continue };
         let Some(route) = route_of_incoming(codec.format(), raw) else { continue };
-        let text =
-            request.id.map(|id| Payload::new(codec.format(), id.into())).map(|id| id.decode::<String>());
+        let text = request.id.map(|id| Payload::new(codec.format(), id)).map(|id| id.decode::<String>());
         let Ok(id) = text.transpose() else { continue };
         let metadata = request.metadata.as_ref().and_then(|metadata| metadata.decode::<Metadata>().ok());
         let sent = OutgoingPacket {
@@ -95,9 +94,8 @@ pub(crate) fn packet(input: &[u8]) {
         assert_eq!(again.data, request.data, "data changed, {}", codec.name());
         assert_eq!(again.pattern.and_then(|raw| route_of_incoming(codec.format(), &raw)), Some(route));
         assert_eq!(again.metadata.and_then(|it| it.decode::<Metadata>().ok()), metadata);
-        let again = again
-            .id
-            .map(|id| Payload::new(codec.format(), id.into()).decode::<String>().expect("an id is text"));
+        let again =
+            again.id.map(|id| Payload::new(codec.format(), id).decode::<String>().expect("an id is text"));
         assert_eq!(again, id);
     }
 }

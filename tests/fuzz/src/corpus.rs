@@ -82,9 +82,7 @@ pub(crate) fn load() -> Corpus {
     let packed: Vec<Vec<u8>> = corpus
         .packets
         .iter()
-        .filter_map(|packet| {
-            Payload::new(Format::Json, packet.clone().into()).transcode(Format::MessagePack).ok()
-        })
+        .filter_map(|packet| Payload::new(Format::Json, packet.clone()).transcode(Format::MessagePack).ok())
         .map(|payload| payload.into_bytes().to_vec())
         .collect();
     corpus.packets.extend(packed);

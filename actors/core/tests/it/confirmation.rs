@@ -9,6 +9,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use martlet_core::backoff::BackoffOptions;
 use martlet_core::error::SessionError;
+use martlet_core::packet::IncomingPacket;
 use martlet_core::transport::{
     Dial, Inbound, Outbound, OutboundMessage, PacketId, Response, Session, SessionPlan, SessionReader,
     SessionWriter, Taken, TransportId, TransportInfo, WriteError,
@@ -87,7 +88,11 @@ impl Session for Broker {
 }
 
 impl SessionReader<()> for Broker {
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Inbound<()>, SessionError>>> {
+    fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        _: &mut IncomingPacket,
+    ) -> Poll<Option<Result<Inbound<()>, SessionError>>> {
         let mut state = self.0.lock();
         if let Some((receipt, refused)) = state.say.pop_front() {
             return Poll::Ready(Some(Ok(Inbound::Confirmed { receipt, refused })));

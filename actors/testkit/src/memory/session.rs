@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::{Bytes, BytesMut};
-use martlet_core::packet::{OutgoingPacket, PatternText};
+use martlet_core::packet::{IncomingPacket, OutgoingPacket, PatternText};
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PatternKey, Response, Role, Session,
     SessionReader, SessionWriter, WriteError,
@@ -100,7 +100,7 @@ impl Drop for MemoryReader {
 }
 
 impl MemoryReader {
-    fn read(&self, frame: Frame) -> Inbound<MemoryReply> {
+    fn read(&self, frame: Frame, packet: &mut IncomingPacket) -> Inbound<MemoryReply> {
         let limit = self.net.options.max_frame_bytes;
         if frame.len() > limit {
             return Inbound::Bad {
@@ -110,16 +110,16 @@ impl MemoryReader {
         match (frame, self.role) {
             (Frame::Packet { bytes, .. }, Role::Client) => {
                 match self.net.options.codec.decode_response(bytes.into()) {
-                    Ok(packet) => Inbound::Response(packet),
+                    Ok(packet) => Inbound::Response(Box::new(packet)),
                     Err(error) => Inbound::Bad { reason: error.to_string() },
                 }
             }
             (Frame::Packet { bytes, headers }, Role::Server) => {
-                self.request(&bytes, headers, None, MemoryReply { client: None, tag: 0 })
+                self.request(&bytes, headers, None, MemoryReply { client: None, tag: 0 }, packet)
             }
             (Frame::Delivery(HubDelivery { bytes, headers, route, subject, tag, reply }), _) => {
                 let to = MemoryReply { client: reply, tag };
-                self.request(&bytes, headers, Some((route, subject)), to)
+                self.request(&bytes, headers, Some((route, subject)), to, packet)
             }
             (Frame::Unreachable(id), _) => Inbound::Unreachable { id },
             (Frame::Cancel(id), _) => Inbound::Cancel { id: id.into() },
@@ -132,20 +132,18 @@ impl MemoryReader {
         headers: Headers,
         routed: Option<(Route, Route)>,
         reply_to: MemoryReply,
+        packet: &mut IncomingPacket,
     ) -> Inbound<MemoryReply> {
-        let packet = match self.net.options.codec.decode_request(bytes.into()) {
-            Ok(packet) => packet,
-            Err(error) => return Inbound::Bad { reason: error.to_string() },
-        };
+        if let Err(error) = self.net.options.codec.read_request(bytes.into(), packet) {
+            return Inbound::Bad { reason: error.to_string() };
+        }
         let is_event = packet.is_event();
         let (key, subject) = match routed {
             Some((route, subject)) => (PatternKey::Route(route), Some(subject)),
-            None => (PatternKey::Raw(packet.pattern.unwrap_or_default()), None),
+            None => (PatternKey::Packet, None),
         };
         let context = Arc::new(MemoryContext { peer: Arc::clone(&self.peer), headers, subject });
-        let (data, metadata, id) = (packet.data, packet.metadata, packet.id);
-        let context = Some(context as ContextData);
-        let delivery = Delivery { key, data, metadata, id, reply_to, context };
+        let delivery = Delivery { key, reply_to, context: Some(context as ContextData) };
         if is_event { Inbound::Event(delivery) } else { Inbound::Request(delivery) }
     }
 }
@@ -154,6 +152,7 @@ impl SessionReader<MemoryReply> for MemoryReader {
     fn poll_next(
         &mut self,
         cx: &mut Context<'_>,
+        packet: &mut IncomingPacket,
     ) -> Poll<Option<Result<Inbound<MemoryReply>, SessionError>>> {
         if self.left == Some(0) {
             return Poll::Ready(None);
@@ -162,7 +161,7 @@ impl SessionReader<MemoryReply> for MemoryReader {
         if let Some(left) = &mut self.left {
             *left -= 1;
         }
-        Poll::Ready(frame.map(|frame| frame.map(|frame| self.read(frame))))
+        Poll::Ready(frame.map(|frame| frame.map(|frame| self.read(frame, packet))))
     }
 
     fn drain(&mut self) {
