@@ -170,17 +170,19 @@ impl<'a> Frame<'a> {
     /// # Panics
     ///
     /// If `span` is not inside the message.
+    #[inline]
     pub fn raw(&mut self, span: Range<usize>) -> Raw {
-        match self.short(&span) {
-            Some(short) => short,
-            None => Raw::from(self.share().slice(span)),
+        if Raw::is_short(&span) {
+            return self.short(&span);
         }
+        Raw::from(self.share().slice(span))
     }
 
     /// The bytes at `span`, when nothing else is wanted.
+    #[inline]
     fn into_raw(mut self, span: Range<usize>) -> Raw {
-        if let Some(short) = self.short(&span) {
-            return short;
+        if Raw::is_short(&span) {
+            return self.short(&span);
         }
         // It takes the whole over: one reference is all that it needs.
         let mut bytes = std::mem::take(self.share());
@@ -189,11 +191,13 @@ impl<'a> Frame<'a> {
         Raw::from(bytes)
     }
 
-    fn short(&self, span: &Range<usize>) -> Option<Raw> {
-        match &self.buffered {
-            Some((buf, body)) => Raw::inline_in(buf, body.start + span.start..body.start + span.end),
-            None => Raw::inline_in(&self.own, span.clone()),
-        }
+    #[inline]
+    fn short(&self, span: &Range<usize>) -> Raw {
+        let (bytes, at): (&[u8], usize) = match &self.buffered {
+            Some((buf, body)) => (buf, body.start),
+            None => (&self.own, 0),
+        };
+        Raw::cut(bytes, at + span.start..at + span.end)
     }
 
     fn share(&mut self) -> &mut Bytes {

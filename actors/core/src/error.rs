@@ -40,7 +40,11 @@ pub type SharedError = Arc<dyn StdError + Send + Sync + 'static>;
 /// assert_eq!(typed.to_json(), r#"{"code":42}"#);
 /// ```
 #[derive(Clone)]
-pub struct RpcError {
+pub struct RpcError(Box<Failure>);
+
+/// In a box, so that results that are not errors are small.
+#[derive(Clone)]
+struct Failure {
     body: ErrorBody,
     source: Option<SharedError>,
 }
@@ -59,9 +63,13 @@ struct NestError<'a> {
 }
 
 impl RpcError {
+    fn new(body: ErrorBody, source: Option<SharedError>) -> Self {
+        Self(Box::new(Failure { body, source }))
+    }
+
     /// Fails with a text for the caller: `{"status":"error","message":text}`.
     pub fn message(text: impl Into<String>) -> Self {
-        Self { body: ErrorBody::Message(Value::String(text.into())), source: None }
+        Self::new(ErrorBody::Message(Value::String(text.into())), None)
     }
 
     /// Fails with a value for the caller. Objects and arrays go out verbatim, members in the order
@@ -74,11 +82,8 @@ impl RpcError {
             Err(error) => return Self::unexpected(error),
         };
         match payload.bytes().first() {
-            Some(b'{' | b'[') => Self { body: ErrorBody::Json(payload), source: None },
-            _ => {
-                let value = payload.to_value().unwrap_or(Value::Null);
-                Self { body: ErrorBody::Message(value), source: None }
-            }
+            Some(b'{' | b'[') => Self::new(ErrorBody::Json(payload), None),
+            _ => Self::new(ErrorBody::Message(payload.to_value().unwrap_or(Value::Null)), None),
         }
     }
 
@@ -86,7 +91,7 @@ impl RpcError {
     /// reported as an event and in the log of this process only.
     pub fn unexpected(source: impl Into<Box<dyn StdError + Send + Sync + 'static>>) -> Self {
         let source: Box<dyn StdError + Send + Sync> = source.into();
-        Self { body: ErrorBody::Unexpected, source: Some(Arc::from(source)) }
+        Self::new(ErrorBody::Unexpected, Some(Arc::from(source)))
     }
 
     /// The error NestJS answers when a guard refuses: `Forbidden resource`.
@@ -98,13 +103,13 @@ impl RpcError {
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync + 'static>>) -> Self {
         let source: Box<dyn StdError + Send + Sync> = source.into();
-        self.source = Some(Arc::from(source));
+        self.0.source = Some(Arc::from(source));
         self
     }
 
     /// Whether callers see only "Internal server error".
     pub fn is_unexpected(&self) -> bool {
-        matches!(self.body, ErrorBody::Unexpected)
+        matches!(self.0.body, ErrorBody::Unexpected)
     }
 
     /// The value of `err` as JSON text.
@@ -116,7 +121,7 @@ impl RpcError {
     /// The value of `err` in a payload format.
     pub fn to_payload(&self, format: Format) -> Payload {
         let internal = Value::String(INTERNAL_ERROR_TEXT.to_owned());
-        let encoded = match &self.body {
+        let encoded = match &self.0.body {
             ErrorBody::Message(message) => Payload::encode(format, &NestError { status: "error", message }),
             ErrorBody::Json(payload) => payload.transcode(format),
             ErrorBody::Unexpected => {
@@ -131,17 +136,17 @@ impl RpcError {
 
 impl fmt::Debug for RpcError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RpcError").field("wire", &self.to_json()).field("source", &self.source).finish()
+        f.debug_struct("RpcError").field("wire", &self.to_json()).field("source", &self.0.source).finish()
     }
 }
 
 impl fmt::Display for RpcError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.body {
+        match &self.0.body {
             ErrorBody::Message(Value::String(text)) => f.write_str(text),
             ErrorBody::Message(value) => write!(f, "{value}"),
             ErrorBody::Json(payload) => f.write_str(&String::from_utf8_lossy(payload.bytes())),
-            ErrorBody::Unexpected => match &self.source {
+            ErrorBody::Unexpected => match &self.0.source {
                 Some(source) => write!(f, "unexpected error: {source}"),
                 None => f.write_str("unexpected error"),
             },
@@ -151,7 +156,7 @@ impl fmt::Display for RpcError {
 
 impl StdError for RpcError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source.as_ref().map(|source| &**source as &(dyn StdError + 'static))
+        self.0.source.as_ref().map(|source| &**source as &(dyn StdError + 'static))
     }
 }
 
@@ -378,7 +383,7 @@ impl RemoteError {
         match self.payload.transcode(Format::Json) {
             // As it came: a generic value would sort its members.
             Ok(payload) if matches!(payload.bytes().first(), Some(b'{' | b'[')) => {
-                RpcError { body: ErrorBody::Json(payload), source: None }
+                RpcError::new(ErrorBody::Json(payload), None)
             }
             Ok(payload) => match payload.to_value() {
                 Ok(value) => RpcError::json(value),

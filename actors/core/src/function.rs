@@ -5,6 +5,7 @@
 //! `Kind` of the latter is found by the compiler; nobody writes it.
 
 use std::future::Future;
+use std::marker::PhantomData;
 use std::panic::Location;
 use std::sync::Arc;
 
@@ -12,11 +13,11 @@ use futures::Stream;
 use serde::Serialize;
 
 use crate::error::RpcError;
-use crate::handler::{Endpoint, HandlerGroup, IntoOutcome};
+use crate::handler::{Endpoint, HandlerGroup, IntoOutcome, Outcome};
 use crate::pattern::Pattern;
-use crate::payload::Format;
-use crate::recycled::Recycled;
-use crate::reply::{HandlerResult, IntoReply, Streaming, TryStreaming};
+use crate::payload::{Format, Payload};
+use crate::recycled::{Recycled, Started};
+use crate::reply::{HandlerResult, IntoReply, Reply, Streaming, TryStreaming};
 use crate::request::{FromRequest, Request};
 use crate::route::{HandlerInfo, HandlerKind};
 
@@ -98,9 +99,43 @@ where
         HandlerInfo { location: Location::caller(), ..HandlerInfo::new(Arc::clone(&name), kind, pattern) };
     HandlerGroup::from_parts(name, vec![info], move |_| {
         let handler = handler.clone();
-        let futures = Recycled::default();
-        vec![Box::new(move |request| futures.start(handler.clone().call(request))) as Box<dyn Endpoint>]
+        let call = move |request| handler.clone().call(request);
+        vec![Box::new(FnEndpoint::<_, _, H, Args> { call, futures: Recycled::default(), is: PhantomData })]
     })
+}
+
+/// Calls a function.
+struct FnEndpoint<C, F, H, Args> {
+    call: C,
+    futures: Recycled<F>,
+    is: PhantomData<fn(H, Args)>,
+}
+
+impl<C, F, H, Args> Endpoint for FnEndpoint<C, F, H, Args>
+where
+    C: Fn(Request) -> F + 'static,
+    F: Future<Output = Result<H::Answer, RpcError>> + 'static,
+    H: HandlerFn<Args>,
+    Args: 'static,
+{
+    fn call(&self, request: Request) -> Outcome {
+        let mut place = None;
+        let outcome = self.call_in_place(request, &mut place);
+        outcome.unwrap_or_else(|| Outcome::Ready(Ok(place.map_or(Reply::Empty, Reply::Value))))
+    }
+
+    fn call_in_place(&self, request: Request, place: &mut Option<Payload>) -> Option<Outcome> {
+        let format = request.format();
+        match self.futures.start((self.call)(request)) {
+            Started::Ready(answer) => H::put(answer, format, place).map(Outcome::Ready),
+            Started::Pending(future) => Some(Outcome::Started(Box::pin(async move {
+                let answer = future.await;
+                let mut place = None;
+                let result = H::put(answer, format, &mut place);
+                result.unwrap_or_else(|| Ok(place.map_or(Reply::Empty, Reply::Value)))
+            }))),
+        }
+    }
 }
 
 // === functions ===
@@ -114,8 +149,18 @@ where
     note = "its error type is `RpcError`, or converts into it: derive `martlet::RpcError` for your own, or make others `martlet::Unexpected`"
 )]
 pub trait HandlerFn<Args>: Clone + Send + Sync + 'static {
-    /// Calls it.
-    fn call(self, request: Request) -> impl Future<Output = HandlerResult> + 'static;
+    /// What it answers with.
+    type Answer: 'static;
+
+    /// Calls it; an extractor may fail before.
+    fn call(self, request: Request) -> impl Future<Output = Result<Self::Answer, RpcError>> + 'static;
+
+    /// Makes the handler's result of it; a plain value may be left in `place`: see [`Endpoint::call_in_place`].
+    fn put(
+        answer: Result<Self::Answer, RpcError>,
+        format: Format,
+        place: &mut Option<Payload>,
+    ) -> Option<HandlerResult>;
 }
 
 macro_rules! handler_fn {
@@ -126,12 +171,24 @@ macro_rules! handler_fn {
             O: HandlerOutput<Kind> + 'static,
             $($arg: FromRequest + 'static,)*
         {
+            type Answer = O::Answer;
+
             #[allow(non_snake_case, unused_variables)]
-            async fn call(self, request: Request) -> HandlerResult {
-                let format = request.format();
+            async fn call(self, request: Request) -> Result<Self::Answer, RpcError> {
                 $(let $arg = $arg::from_request(&request).await?;)*
                 drop(request);
-                self($($arg),*).into_result(format).await
+                Ok(self($($arg),*).resolve().await)
+            }
+
+            fn put(
+                answer: Result<Self::Answer, RpcError>,
+                format: Format,
+                place: &mut Option<Payload>,
+            ) -> Option<HandlerResult> {
+                match answer {
+                    Ok(answer) => O::put(answer, format, place),
+                    Err(error) => Some(Err(error)),
+                }
             }
         }
     };
@@ -151,8 +208,14 @@ handler_fn!(A1, A2, A3, A4, A5, A6, A7, A8);
 
 /// What a function that is a handler returns: an [`Answer`], or a future of one.
 pub trait HandlerOutput<Kind> {
-    /// The handler's result.
-    fn into_result(self, format: Format) -> impl Future<Output = HandlerResult>;
+    /// What it is a future of, or what it is itself.
+    type Answer: 'static;
+
+    /// Waits for the answer.
+    fn resolve(self) -> impl Future<Output = Self::Answer>;
+
+    /// Makes the handler's result of it; a plain value may be left in `place`: see [`Endpoint::call_in_place`].
+    fn put(answer: Self::Answer, format: Format, place: &mut Option<Payload>) -> Option<HandlerResult>;
 }
 
 /// What a handler answers with, once it is there.
@@ -163,6 +226,14 @@ pub trait Answer<Kind> {
     ///
     /// The failure of the handler.
     fn into_answer(self, format: Format) -> HandlerResult;
+
+    /// The same; a plain value may be left in `place`: see [`Endpoint::call_in_place`].
+    fn put_answer(self, format: Format, _place: &mut Option<Payload>) -> Option<HandlerResult>
+    where
+        Self: Sized,
+    {
+        Some(self.into_answer(format))
+    }
 }
 
 /// The kinds of what functions return. They are never written, only found.
@@ -187,25 +258,41 @@ pub mod kind {
     pub struct StreamOrError<Kind>(std::marker::PhantomData<Kind>);
 }
 
-impl<O: Answer<Kind>, Kind> HandlerOutput<kind::Sync<Kind>> for O {
-    async fn into_result(self, format: Format) -> HandlerResult {
-        self.into_answer(format)
+impl<O: Answer<Kind> + 'static, Kind> HandlerOutput<kind::Sync<Kind>> for O {
+    type Answer = O;
+
+    fn resolve(self) -> impl Future<Output = O> {
+        std::future::ready(self)
+    }
+
+    fn put(answer: O, format: Format, place: &mut Option<Payload>) -> Option<HandlerResult> {
+        answer.put_answer(format, place)
     }
 }
 
 impl<O, Kind> HandlerOutput<kind::Async<Kind>> for O
 where
     O: Future,
-    O::Output: Answer<Kind>,
+    O::Output: Answer<Kind> + 'static,
 {
-    async fn into_result(self, format: Format) -> HandlerResult {
-        self.await.into_answer(format)
+    type Answer = O::Output;
+
+    fn resolve(self) -> impl Future<Output = O::Output> {
+        self
+    }
+
+    fn put(answer: O::Output, format: Format, place: &mut Option<Payload>) -> Option<HandlerResult> {
+        answer.put_answer(format, place)
     }
 }
 
 impl<O: IntoOutcome> Answer<kind::Single> for O {
     fn into_answer(self, format: Format) -> HandlerResult {
         self.into_outcome(format)
+    }
+
+    fn put_answer(self, format: Format, place: &mut Option<Payload>) -> Option<HandlerResult> {
+        self.put_outcome(format, place)
     }
 }
 

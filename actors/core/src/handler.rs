@@ -25,6 +25,7 @@ use crate::error::RpcError;
 use crate::events::EventBus;
 use crate::interceptor::{Interceptor, Interceptors};
 use crate::pattern::Pattern;
+use crate::payload::{Format, Payload};
 use crate::reply::{HandlerResult, IntoReply, Reply, Streaming, TryStreaming};
 use crate::request::{Request, bad_payload};
 use crate::route::{HandlerInfo, HandlerKind};
@@ -63,6 +64,13 @@ impl Outcome {
 pub trait Endpoint: 'static {
     /// Handles a request.
     fn call(&self, request: Request) -> Outcome;
+
+    /// The same. An endpoint that answers at once with one plain value (or with none) may leave it in `place`, which is
+    /// empty before, and return `None`: a value is large, and this way it is written where it is sent from. Default:
+    /// what [`call`](Self::call) returns.
+    fn call_in_place(&self, request: Request, _place: &mut Option<Payload>) -> Option<Outcome> {
+        Some(self.call(request))
+    }
 }
 
 impl<F: Fn(Request) -> Outcome + 'static> Endpoint for F {
@@ -753,12 +761,28 @@ pub trait IntoOutcome {
     /// # Errors
     ///
     /// The failure of the handler.
-    fn into_outcome(self, format: crate::payload::Format) -> HandlerResult;
+    fn into_outcome(self, format: Format) -> HandlerResult;
+
+    /// The same; a plain value may be left in `place`: see [`Endpoint::call_in_place`].
+    #[doc(hidden)]
+    fn put_outcome(self, format: Format, _place: &mut Option<Payload>) -> Option<HandlerResult>
+    where
+        Self: Sized,
+    {
+        Some(self.into_outcome(format))
+    }
 }
 
 impl<R: IntoReply, E: Into<RpcError>> IntoOutcome for Result<R, E> {
-    fn into_outcome(self, format: crate::payload::Format) -> HandlerResult {
+    fn into_outcome(self, format: Format) -> HandlerResult {
         self.map_err(Into::into)?.into_reply(format)
+    }
+
+    fn put_outcome(self, format: Format, place: &mut Option<Payload>) -> Option<HandlerResult> {
+        match self {
+            Ok(value) => value.put_reply(format, place),
+            Err(error) => Some(Err(error.into())),
+        }
     }
 }
 
@@ -766,7 +790,7 @@ impl<S> IntoOutcome for Streaming<S>
 where
     Self: IntoReply,
 {
-    fn into_outcome(self, format: crate::payload::Format) -> HandlerResult {
+    fn into_outcome(self, format: Format) -> HandlerResult {
         self.into_reply(format)
     }
 }
@@ -775,14 +799,18 @@ impl<S> IntoOutcome for TryStreaming<S>
 where
     Self: IntoReply,
 {
-    fn into_outcome(self, format: crate::payload::Format) -> HandlerResult {
+    fn into_outcome(self, format: Format) -> HandlerResult {
         self.into_reply(format)
     }
 }
 
 impl IntoOutcome for () {
-    fn into_outcome(self, _format: crate::payload::Format) -> HandlerResult {
+    fn into_outcome(self, _format: Format) -> HandlerResult {
         Ok(Reply::Empty)
+    }
+
+    fn put_outcome(self, _format: Format, _place: &mut Option<Payload>) -> Option<HandlerResult> {
+        None
     }
 }
 

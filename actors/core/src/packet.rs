@@ -35,8 +35,10 @@ enum RawBytes {
     Shared(Bytes),
 }
 
-/// Whole words, which are moved as such.
+/// Whole words, which are moved as such, and in the order in which they are: a processor moves two at a time, and waits
+/// when it reads two together that were not written together.
 #[derive(Clone, Copy)]
+#[repr(C)]
 struct Inline {
     bytes: [u8; RAW_INLINE],
     /// One more than there are: zero says that there are none here.
@@ -48,6 +50,7 @@ impl Inline {
 
     /// The bytes at `span`, which are known to be few enough. What follows them may come along: copying a fixed number is
     /// cheaper.
+    #[inline]
     fn cut(frame: &[u8], span: std::ops::Range<usize>) -> Self {
         let len = NonZeroUsize::MIN.saturating_add(span.len());
         if let Some(bytes) = frame[span.start..].first_chunk() {
@@ -88,9 +91,21 @@ impl Raw {
         }
     }
 
+    /// Whether what is at `span` is short.
+    #[inline]
+    pub(crate) fn is_short(span: &std::ops::Range<usize>) -> bool {
+        span.len() <= RAW_INLINE
+    }
+
+    /// A copy of the value at `span` of a frame, which is known to be short.
+    #[inline]
+    pub(crate) fn cut(frame: &[u8], span: std::ops::Range<usize>) -> Self {
+        Raw(RawBytes::Inline(Inline::cut(frame, span)))
+    }
+
     /// A copy of the value at `span` of a frame, if it is short.
     pub(crate) fn inline_in(frame: &[u8], span: std::ops::Range<usize>) -> Option<Self> {
-        (span.len() <= RAW_INLINE).then(|| Raw(RawBytes::Inline(Inline::cut(frame, span))))
+        Self::is_short(&span).then(|| Self::cut(frame, span))
     }
 
     /// A copy of the value, if it is short.

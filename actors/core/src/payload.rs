@@ -75,9 +75,11 @@ impl fmt::Display for Format {
 /// The runtime hands payloads on without looking inside; they are decoded when a handler or a caller asks for a
 /// type.
 #[derive(Clone, PartialEq, Eq)]
+// In this order: see `Raw`.
+#[repr(C)]
 pub struct Payload {
-    format: Format,
     bytes: Raw,
+    format: Format,
 }
 
 impl Payload {

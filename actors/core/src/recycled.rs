@@ -7,9 +7,6 @@ use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
-use crate::handler::Outcome;
-use crate::reply::HandlerResult;
-
 /// A place for a future, which is `None` when it has ended.
 type Place<F> = Pin<Box<Option<F>>>;
 
@@ -18,15 +15,25 @@ pub(crate) struct Recycled<F> {
     spare: RefCell<Option<Place<F>>>,
 }
 
+/// How far a future is that was polled once.
+pub(crate) enum Started<F: Future> {
+    Ready(F::Output),
+    /// It goes on as this future.
+    Pending(Unready<F>),
+}
+
+/// A future that was not ready at once, in its box.
+pub(crate) struct Unready<F>(Place<F>);
+
 impl<F> Default for Recycled<F> {
     fn default() -> Self {
         Self { spare: RefCell::default() }
     }
 }
 
-impl<F: Future<Output = HandlerResult> + 'static> Recycled<F> {
-    /// Polls a future once; the outcome holds it if it is not ready.
-    pub(crate) fn start(&self, future: F) -> Outcome {
+impl<F: Future> Recycled<F> {
+    /// Polls a future once.
+    pub(crate) fn start(&self, future: F) -> Started<F> {
         // Taken out, so that a handler that panics or comes back here finds no place in use.
         let spare = self.spare.borrow_mut().take();
         let mut place = match spare {
@@ -37,13 +44,21 @@ impl<F: Future<Output = HandlerResult> + 'static> Recycled<F> {
             None => Box::pin(Some(future)),
         };
         match poll(&mut place, &mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(result) => {
+            Poll::Ready(output) => {
                 place.set(None);
                 self.spare.replace(Some(place));
-                Outcome::Ready(result)
+                Started::Ready(output)
             }
-            Poll::Pending => Outcome::Started(Box::pin(std::future::poll_fn(move |cx| poll(&mut place, cx)))),
+            Poll::Pending => Started::Pending(Unready(place)),
         }
+    }
+}
+
+impl<F: Future> Future for Unready<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        poll(&mut self.0, cx)
     }
 }
 

@@ -247,22 +247,47 @@ fn with_interceptors(group: &HandlerGroup, global: &Arc<[Arc<dyn Interceptor>]>)
             .zip(&chains)
             .map(|(endpoint, chain)| {
                 let (endpoint, chain, global) = (Rc::new(endpoint), Arc::clone(chain), Arc::clone(&global));
-                Box::new(move |request: Request| {
-                    let inherits = request.0.scope.server.inherit && !global.is_empty();
-                    if !inherits && chain.is_empty() && request.0.scope.server.interceptors.is_empty() {
-                        return endpoint.call(request);
-                    }
-                    let (endpoint, chain, global) =
-                        (Rc::clone(&endpoint), Arc::clone(&chain), Arc::clone(&global));
-                    Outcome::future(async move {
-                        let scope = Arc::clone(&request.0.scope.server);
-                        let inherited: &[_] = if scope.inherit { &global } else { &[] };
-                        Next::new([&scope.interceptors, inherited, &chain], &**endpoint).run(request).await
-                    })
-                }) as Box<dyn Endpoint>
+                Box::new(Intercepted { endpoint, chain, global }) as Box<dyn Endpoint>
             })
             .collect()
     })
+}
+
+/// An endpoint with interceptors around it, if there are any where a request comes from.
+struct Intercepted {
+    endpoint: Rc<Box<dyn Endpoint>>,
+    chain: Arc<[Arc<dyn Interceptor>]>,
+    global: Arc<[Arc<dyn Interceptor>]>,
+}
+
+impl Intercepted {
+    fn is_bare(&self, request: &Request) -> bool {
+        let server = &request.0.scope.server;
+        let inherits = server.inherit && !self.global.is_empty();
+        !inherits && self.chain.is_empty() && server.interceptors.is_empty()
+    }
+}
+
+impl Endpoint for Intercepted {
+    fn call(&self, request: Request) -> Outcome {
+        if self.is_bare(&request) {
+            return self.endpoint.call(request);
+        }
+        let (endpoint, chain, global) =
+            (Rc::clone(&self.endpoint), Arc::clone(&self.chain), Arc::clone(&self.global));
+        Outcome::future(async move {
+            let scope = Arc::clone(&request.0.scope.server);
+            let inherited: &[_] = if scope.inherit { &global } else { &[] };
+            Next::new([&scope.interceptors, inherited, &chain], &**endpoint).run(request).await
+        })
+    }
+
+    fn call_in_place(&self, request: Request, place: &mut Option<Payload>) -> Option<Outcome> {
+        match self.is_bare(&request) {
+            true => self.endpoint.call_in_place(request, place),
+            false => Some(self.call(request)),
+        }
+    }
 }
 
 impl Actor for HandlerActor {
@@ -290,6 +315,8 @@ impl Handler<InvokeBatch> for HandlerActor {
 
 /// How a call of a handler goes on; see [`Replica::go_on_with`].
 pub(crate) enum Begun {
+    /// It is done, with the body that was given.
+    Answered,
     /// It is done.
     Ended(End),
     /// It goes on as a task.
@@ -306,6 +333,22 @@ pub(crate) struct Unfinished {
     ambient: Option<Ambient>,
 }
 
+/// The end without a value: what an answer is written over.
+pub(crate) const NOTHING: ResponseBody = ResponseBody::Last(None);
+
+impl Begun {
+    /// How it ended, if it did; with `body` as it was filled.
+    pub(crate) fn ended(self, body: &mut ResponseBody) -> Result<End, Self> {
+        match self {
+            Self::Answered => {
+                Ok(End { body: std::mem::replace(body, NOTHING), headers: None, failed: false })
+            }
+            Self::Ended(end) => Ok(end),
+            begun => Err(begun),
+        }
+    }
+}
+
 impl End {
     fn failed(error: &RpcError, format: Format) -> Self {
         Self { body: ResponseBody::Error(error.to_payload(format)), headers: None, failed: true }
@@ -316,15 +359,17 @@ impl Replica {
     /// Runs what came as a message.
     fn accept(self: &Rc<Self>, invoke: Invoke, turn: &mut Turn) {
         let Invoke { endpoint: index, request, duty } = invoke;
-        match self.begin(index, request) {
-            Begun::Ended(end) => turn.end(duty, end),
-            begun => self.go_on_with(index, begun, duty.into_responder(&turn.scope)),
+        let mut body = NOTHING;
+        match self.begin(index, request, &mut body).ended(&mut body) {
+            Ok(end) => turn.end(duty, end),
+            Err(begun) => self.go_on_with(index, begun, duty.into_responder(&turn.scope)),
         }
     }
 
     /// Goes on with what has been begun, now that it has its responder.
     pub(crate) fn go_on_with(self: &Rc<Self>, index: u32, begun: Begun, responder: Responder) {
         match begun {
+            Begun::Answered => responder.finish(NOTHING, None, false),
             Begun::Ended(End { body, headers, failed }) => responder.finish(body, headers, failed),
             Begun::Unfinished(rest) => self.go_on(index, *rest, responder),
             Begun::MustWait(request) => self.wait(index, request, responder),
@@ -333,16 +378,19 @@ impl Replica {
 
     /// Runs a request that has its responder.
     pub(crate) fn call(self: &Rc<Self>, index: u32, request: Request, responder: Responder) {
-        let begun = self.begin(index, request);
-        self.go_on_with(index, begun, responder);
+        let mut body = NOTHING;
+        match self.begin(index, request, &mut body).ended(&mut body) {
+            Ok(End { body, headers, failed }) => responder.finish(body, headers, failed),
+            Err(begun) => self.go_on_with(index, begun, responder),
+        }
     }
 
-    /// Calls a handler, and polls it once.
-    pub(crate) fn begin(self: &Rc<Self>, index: u32, request: Request) -> Begun {
+    /// Calls a handler, and polls it once. A plain answer is written to `body`, which is [`NOTHING`] before.
+    pub(crate) fn begin(self: &Rc<Self>, index: u32, request: Request, body: &mut ResponseBody) -> Begun {
         let handler = &self.handlers[index as usize];
         match handler.concurrency {
             Some(max) if handler.running.get() >= max => Begun::MustWait(request),
-            _ => self.begin_now(index, request),
+            _ => self.begin_now(index, request, body),
         }
     }
 
@@ -364,7 +412,7 @@ impl Replica {
     }
 
     /// The same as [`begin`](Self::begin) for a request that has its place.
-    fn begin_now(self: &Rc<Self>, index: u32, request: Request) -> Begun {
+    fn begin_now(self: &Rc<Self>, index: u32, request: Request, body: &mut ResponseBody) -> Begun {
         let handler = &self.handlers[index as usize];
         let format = request.format();
         // What is refused takes no place: it leaves it to the next.
@@ -394,59 +442,47 @@ impl Replica {
         let ambient =
             request.0.packet.metadata.is_some().then(|| Ambient { trace: request.trace(), deadline });
         let endpoints = Rc::clone(&self.endpoints.borrow());
-        let enter = |work: &mut dyn FnMut() -> Poll<HandlerResult>| match &ambient {
-            Some(ambient) => ambient.enter(work),
-            None => work(),
+        let mut none = None;
+        let place = if let ResponseBody::Last(place) = body { place } else { &mut none };
+        let endpoint = &*endpoints[index as usize];
+        let call = || match endpoint.call_in_place(request, place) {
+            Some(Outcome::Future(mut made)) => {
+                let mut cx = TaskContext::from_waker(std::task::Waker::noop());
+                Some(match made.as_mut().poll(&mut cx) {
+                    Poll::Ready(result) => Outcome::Ready(result),
+                    Poll::Pending => Outcome::Started(made),
+                })
+            }
+            outcome => outcome,
         };
-
-        let mut request = Some(request);
-        let mut future = None;
-        let first = catch_unwind(AssertUnwindSafe(|| {
-            enter(&mut || {
-                let Some(request) = request.take() else { return Poll::Pending };
-                match endpoints[index as usize].call(request) {
-                    Outcome::Ready(result) => Poll::Ready(result),
-                    Outcome::Started(made) => {
-                        future = Some(made);
-                        Poll::Pending
-                    }
-                    Outcome::Future(mut made) => {
-                        let mut cx = TaskContext::from_waker(std::task::Waker::noop());
-                        match made.as_mut().poll(&mut cx) {
-                            Poll::Ready(result) => Poll::Ready(result),
-                            Poll::Pending => {
-                                future = Some(made);
-                                Poll::Pending
-                            }
-                        }
-                    }
-                }
-            })
+        let first = catch_unwind(AssertUnwindSafe(|| match &ambient {
+            Some(ambient) => ambient.enter(call),
+            None => call(),
         }));
-        drop(endpoints);
         let job = match first {
+            Ok(None) => {
+                self.finished(index, Ended::Well);
+                return Begun::Answered;
+            }
             Err(panic) => {
+                drop(endpoints);
                 self.panicked(index, data.as_ref(), panic_text(panic));
                 self.finished(index, Ended::Panicked);
                 return refused(RpcError::unexpected("the handler panicked"));
             }
-            Ok(Poll::Ready(Ok(Reply::Stream(stream)))) => Job::Stream(stream),
-            Ok(Poll::Ready(Ok(reply))) => {
+            Ok(Some(Outcome::Ready(Ok(Reply::Stream(stream))))) => Job::Stream(stream),
+            Ok(Some(Outcome::Ready(Ok(reply)))) => {
                 self.finished(index, Ended::Well);
                 let (last, headers) = last_of(reply);
                 return Begun::Ended(End { body: ResponseBody::Last(last), headers, failed: false });
             }
-            Ok(Poll::Ready(Err(error))) => {
+            Ok(Some(Outcome::Ready(Err(error)))) => {
                 let end = End::failed(&error, format);
                 self.report(index, error);
                 self.finished(index, Ended::Failed);
                 return Begun::Ended(end);
             }
-            Ok(Poll::Pending) => match future {
-                Some(future) => Job::Future(future),
-                // Not reached: the endpoint is called exactly once.
-                None => return refused(RpcError::unexpected("the handler was not called")),
-            },
+            Ok(Some(Outcome::Future(future) | Outcome::Started(future))) => Job::Future(future),
         };
         Begun::Unfinished(Box::new(Unfinished { job, data, deadline, ambient }))
     }

@@ -55,14 +55,35 @@ pub trait IntoReply {
     ///
     /// An unexpected error when it cannot be serialised.
     fn into_reply(self, format: Format) -> HandlerResult;
+
+    /// The same; a plain value may be left in `place`, which is empty before: see
+    /// [`Endpoint::call_in_place`](crate::handler::Endpoint::call_in_place).
+    #[doc(hidden)]
+    fn put_reply(self, format: Format, _place: &mut Option<Payload>) -> Option<HandlerResult>
+    where
+        Self: Sized,
+    {
+        Some(self.into_reply(format))
+    }
 }
 
 impl<T: Serialize + 'static> IntoReply for T {
     fn into_reply(self, format: Format) -> HandlerResult {
+        let mut place = None;
+        self.put_reply(format, &mut place).unwrap_or_else(|| Ok(place.map_or(Reply::Empty, Reply::Value)))
+    }
+
+    fn put_reply(self, format: Format, place: &mut Option<Payload>) -> Option<HandlerResult> {
         if TypeId::of::<T>() == TypeId::of::<()>() {
-            return Ok(Reply::Empty);
+            return None;
         }
-        Ok(Reply::Value(Payload::encode(format, &self)?))
+        match Payload::encode(format, &self) {
+            Ok(payload) => {
+                *place = Some(payload);
+                None
+            }
+            Err(error) => Some(Err(error.into())),
+        }
     }
 }
 

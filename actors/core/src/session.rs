@@ -28,7 +28,7 @@ use crate::in_flight::{End, LastWords, Owed, Shared, Slot, SlotRoute};
 use crate::packet::{IncomingPacket, Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::Route;
 use crate::payload::Format;
-use crate::replica::{Begun, Replica};
+use crate::replica::{Begun, NOTHING, Replica};
 use crate::request::{MessageKind, Parts, Request, Scope, ServerScope, TIMEOUT_KEY};
 use crate::responder::{ChainSink, ReplySink, RequestKey, Responder};
 use crate::retry::{Attempt, Retrial, RetryQueue};
@@ -790,19 +790,22 @@ impl<S: Session> Loop<S> {
             let (replica, endpoint) = (Rc::clone(replica), only.endpoint);
             let key = self.shared.begin_call();
             request.0.slot = key;
-            return match replica.begin(endpoint, request) {
+            let mut response = Response { reply_to, id, body: NOTHING, headers: None };
+            match replica.begin(endpoint, request, &mut response.body) {
+                Begun::Answered => {}
                 Begun::Ended(End { body, headers, .. }) => {
-                    self.done_in_place();
-                    match kind {
-                        MessageKind::Event => Ok(()),
-                        MessageKind::Request => self.respond(Response { reply_to, id, body, headers }),
-                    }
+                    (response.body, response.headers) = (body, headers);
                 }
                 begun => {
-                    let slot = Slot::new(kind, reply_to, id, route, 1);
+                    let slot = Slot::new(kind, response.reply_to, response.id, route, 1);
                     self.admit(&replica, endpoint, begun, key, slot);
-                    Ok(())
+                    return Ok(());
                 }
+            }
+            self.done_in_place();
+            return match kind {
+                MessageKind::Event => Ok(()),
+                MessageKind::Request => self.respond(response),
             };
         }
         let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };
@@ -850,10 +853,13 @@ impl<S: Session> Loop<S> {
     ) -> Result<(), SessionError> {
         let key = self.shared.begin_call();
         request.0.slot = key;
-        let begun = replica.begin(endpoint, request);
-        let Begun::Ended(end) = begun else {
-            self.admit(replica, endpoint, begun, key, slot);
-            return Ok(());
+        let mut body = NOTHING;
+        let end = match replica.begin(endpoint, request, &mut body).ended(&mut body) {
+            Ok(end) => end,
+            Err(begun) => {
+                self.admit(replica, endpoint, begun, key, slot);
+                return Ok(());
+            }
         };
         slot.ended(0, end.failed);
         if slot.wants_retry() {
