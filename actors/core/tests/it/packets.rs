@@ -3,7 +3,7 @@
 //! Packets against what NestJS sent and made of what it got.
 
 use bytes::{Bytes, BytesMut};
-use martlet_core::codec::{Codec, JsonCodec, MessagePackCodec, NO_HANDLER_TEXT};
+use martlet_core::codec::{Codec, Frame, JsonCodec, MessagePackCodec, NO_HANDLER_TEXT};
 use martlet_core::json;
 use martlet_core::packet::{Metadata, OutgoingPacket, PatternText, Raw, ResponseBody};
 use martlet_core::pattern::Pattern;
@@ -354,9 +354,15 @@ proptest! {
                     id: id.as_deref(),
                     metadata: metadata.as_ref(),
                 };
-                let mut out = BytesMut::new();
-                codec.encode_request(&sent, &mut out).unwrap();
-                let read = codec.decode_request((&out.freeze()).into()).unwrap();
+                // Between what belongs to others, as it arrives.
+                let mut buf = BytesMut::from(&b"4#"[..]);
+                codec.encode_request(&sent, &mut buf).unwrap();
+                let body = 2..buf.len();
+                buf.extend_from_slice(b"next");
+                let whole = Bytes::copy_from_slice(&buf[body.clone()]);
+                let read = codec.decode_request(Frame::in_buffer(&mut buf, body)).unwrap();
+                prop_assert_eq!(&buf[..], b"next");
+                prop_assert_eq!(&read, &codec.decode_request(whole.into()).unwrap());
                 let text = |raw: Raw| Payload::new(codec.format(), raw).decode::<String>().unwrap();
                 prop_assert_eq!(read.pattern.map(text), pattern.as_str().map(str::to_owned));
                 prop_assert_eq!(read.id.map(text), id.clone());
@@ -468,4 +474,24 @@ fn a_call_is_written_as_a_request_with_its_id() {
             assert_eq!(call, request, "{}", codec.name());
         }
     }
+}
+
+#[test]
+fn a_frame_leaves_the_buffer_whatever_comes_of_it() {
+    let long = format!(r#"{{"pattern":"a","data":"{}"}}"#, "x".repeat(100));
+    for (text, is_packet) in [("{", false), ("[1]", true), (&*long, true)] {
+        for codec in [&JsonCodec as &dyn Codec, &MessagePackCodec] {
+            let mut buf = BytesMut::from(format!("head{text}tail").as_bytes());
+            let read = codec.decode_request(Frame::in_buffer(&mut buf, 4..4 + text.len()));
+            assert!(read.is_ok() == is_packet || codec.format() == Format::MessagePack, "{text}");
+            assert_eq!(buf, "tail");
+        }
+    }
+    // What is read first does not depend on what is shared later.
+    let mut buf = BytesMut::from(&*long);
+    let mut frame = Frame::in_buffer(&mut buf, 0..long.len());
+    assert_eq!(&*frame.raw(11..14), br#""a""#);
+    assert_eq!(frame.raw(22..124).len(), 102);
+    assert_eq!(&*frame.raw(11..14), br#""a""#);
+    assert_eq!(&frame[..10], br#"{"pattern""#);
 }

@@ -240,6 +240,16 @@ async fn values_that_are_no_packets_are_unknown_events() {
     service.stop().await;
 }
 
+#[actix::test]
+async fn nothing_of_a_cancellation_is_left_in_the_next_message() {
+    let service = Service::with(|_| {}).await;
+    let mut raw = service.raw().await;
+    let cancel = frame(r#"{"pattern":"martlet.cancel","data":"nobody","metadata":{"a":"b"}}"#);
+    raw.send(&[cancel, frame(r#"{"data":5}"#)].concat()).await;
+    service.reports(&["no_event_handler", "Event pattern: undefined"]).await;
+    service.stop().await;
+}
+
 /// The event by which a Martlet client cancels is no weapon against others.
 #[actix::test]
 async fn cancelling_reaches_only_the_own_connection() {

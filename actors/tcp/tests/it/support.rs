@@ -113,9 +113,9 @@ impl Service {
     }
 }
 
-/// The value, if it comes within five seconds.
+/// The value, if it comes within twenty seconds: what takes longer hangs.
 pub(crate) async fn within<T>(future: impl Future<Output = T>) -> Option<T> {
-    tokio::time::timeout(Duration::from_secs(5), future).await.ok()
+    tokio::time::timeout(Duration::from_secs(20), future).await.ok()
 }
 
 /// Waits until `probe` holds.
