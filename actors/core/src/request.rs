@@ -122,21 +122,6 @@ pub(crate) struct Parts {
 }
 
 impl Parts {
-    /// For the next packet that arrives.
-    pub(crate) fn empty(scope: &Arc<Scope>) -> Self {
-        Self {
-            scope: Arc::clone(scope),
-            route: 0,
-            kind: MessageKind::Event,
-            by_address: false,
-            packet: IncomingPacket::default(),
-            context: None,
-            deadline: None,
-            slot: RequestKey::NONE,
-            extensions: None,
-        }
-    }
-
     /// The route that matched.
     pub(crate) fn place(&self) -> &Place {
         self.scope.table.place_at(self.route)
@@ -154,8 +139,23 @@ impl fmt::Debug for Request {
 }
 
 impl Request {
-    pub(crate) fn new(parts: Parts) -> Self {
-        Self(Box::new(parts))
+    /// For the next packet that arrives.
+    pub(crate) fn empty(scope: &Arc<Scope>) -> Self {
+        // Written where it is, not moved there: it is large.
+        Self(Box::write(
+            Box::new_uninit(),
+            Parts {
+                scope: Arc::clone(scope),
+                route: 0,
+                kind: MessageKind::Event,
+                by_address: false,
+                packet: IncomingPacket::default(),
+                context: None,
+                deadline: None,
+                slot: RequestKey::NONE,
+                extensions: None,
+            },
+        ))
     }
 
     /// The route that matched.

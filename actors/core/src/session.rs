@@ -29,7 +29,7 @@ use crate::packet::{IncomingPacket, Raw, ResponseBody, ResponsePacket, ShortRepl
 use crate::pattern::Route;
 use crate::payload::Format;
 use crate::replica::{Begun, NOTHING, Replica};
-use crate::request::{MessageKind, Parts, Request, Scope, ServerScope, TIMEOUT_KEY};
+use crate::request::{MessageKind, Request, Scope, ServerScope, TIMEOUT_KEY};
 use crate::responder::{ChainSink, ReplySink, RequestKey, Responder};
 use crate::retry::{Attempt, Retrial, RetryQueue};
 use crate::route::{Counter, HandlerRef, RouteTable};
@@ -460,7 +460,7 @@ impl<S: Session> Loop<S> {
         self.plan_retries(failed);
         for owed in batch.drain(..) {
             match owed {
-                Owed::Response(response) => self.respond(response)?,
+                Owed::Response(mut response) => self.respond(&mut response)?,
                 Owed::Settle { delivery, settlement } => self.settle(delivery, settlement)?,
             }
         }
@@ -539,9 +539,9 @@ impl<S: Session> Loop<S> {
         self.write(Outbound::Settle { delivery, settlement })
     }
 
-    fn respond(&mut self, mut response: Response<S::ReplyTo>) -> Result<(), SessionError> {
+    fn respond(&mut self, response: &mut Response<S::ReplyTo>) -> Result<(), SessionError> {
         self.unflushed = true;
-        let written = self.writer.write_response(&mut response);
+        let written = self.writer.write_response(response);
         if self.written(written)? || matches!(response.body, ResponseBody::NoHandler) {
             return Ok(());
         }
@@ -549,7 +549,7 @@ impl<S: Session> Loop<S> {
         let error = crate::error::RpcError::unexpected("the reply could not be written");
         response.body = ResponseBody::Error(error.to_payload(self.env.transport.format));
         response.headers = None;
-        match self.writer.write_response(&mut response) {
+        match self.writer.write_response(response) {
             Err(WriteError::Session(error)) => Err(error),
             _ => Ok(()),
         }
@@ -616,7 +616,7 @@ impl<S: Session> Loop<S> {
             }
             let packet = match (&mut self.next, &self.scope) {
                 (Some(next), _) => &mut next.0.packet,
-                (next, Some(scope)) => &mut next.insert(Request::new(Parts::empty(scope))).0.packet,
+                (next, Some(scope)) => &mut next.insert(Request::empty(scope)).0.packet,
                 (None, None) => &mut self.stray,
             };
             match self.reader.poll_next(cx, packet) {
@@ -805,7 +805,7 @@ impl<S: Session> Loop<S> {
             self.done_in_place();
             return match kind {
                 MessageKind::Event => Ok(()),
-                MessageKind::Request => self.respond(response),
+                MessageKind::Request => self.respond(&mut response),
             };
         }
         let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };
@@ -873,8 +873,8 @@ impl<S: Session> Loop<S> {
         self.done_in_place();
         let LastWords { response, settle } = slot.close(end, true, false);
         // The answer, then the acknowledgement.
-        if let Some(response) = response {
-            self.respond(response)?;
+        if let Some(mut response) = response {
+            self.respond(&mut response)?;
         }
         settle.map_or(Ok(()), |(delivery, settlement)| self.settle(delivery, settlement))
     }
@@ -1004,7 +1004,8 @@ impl<S: Session> Loop<S> {
             (MessageKind::Request, Some(id)) => {
                 self.env.events.emit(ServiceEvent::NoMessageHandler { transport, pattern });
                 let reply_to = delivery.reply_to.clone();
-                self.respond(Response { reply_to, id, body: ResponseBody::NoHandler, headers: None })?;
+                let body = ResponseBody::NoHandler;
+                self.respond(&mut Response { reply_to, id, body, headers: None })?;
             }
             _ => self.env.events.emit(ServiceEvent::NoEventHandler { transport, pattern }),
         }

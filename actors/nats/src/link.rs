@@ -337,12 +337,17 @@ impl Link {
             let probe = self.send_probe().await?;
             std::future::poll_fn(|cx| {
                 while self.probed.get() < probe {
-                    let Poll::Ready((key, item)) = self.streams.borrow_mut().poll_next(cx) else {
-                        return Poll::Pending;
-                    };
-                    match item {
-                        Some(message) => drop(self.take_probe(wire::last_token(&message.subject))),
-                        None => self.forget(&[key]),
+                    let next = self.streams.borrow_mut().poll_next(cx, |_, (key, _), item| match item {
+                        Some(message) => {
+                            self.take_probe(wire::last_token(&message.subject));
+                            None
+                        }
+                        None => Some(key),
+                    });
+                    match next {
+                        Poll::Ready(None) => {}
+                        Poll::Ready(Some(ended)) => self.forget(&[ended]),
+                        Poll::Pending => return Poll::Pending,
                     }
                     if self.streams.borrow().is_empty() {
                         break;

@@ -107,8 +107,13 @@ impl<T, S: Stream + Unpin> Merge<T, S> {
         self.current.is_some() || !self.ready.queue.lock().is_empty()
     }
 
-    /// The next item, with its stream's key; `None` when that stream has ended.
-    pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<(usize, Option<S::Item>)> {
+    /// Reads the next item, with its stream's key and tag; `None` when that stream has ended. It is large, and read from where
+    /// the stream has put it.
+    pub(crate) fn poll_next<R>(
+        &mut self,
+        cx: &mut Context<'_>,
+        read: impl FnOnce(&mut Context<'_>, (usize, &T), Option<S::Item>) -> R,
+    ) -> Poll<R> {
         loop {
             let (key, left) = match self.current.take() {
                 Some(current) => current,
@@ -126,7 +131,7 @@ impl<T, S: Stream + Unpin> Merge<T, S> {
                     } else {
                         slot.node.wake_by_ref();
                     }
-                    return Poll::Ready((key, item));
+                    return Poll::Ready(read(cx, (key, &slot.tag), item));
                 }
                 Poll::Pending if !tokio::task::coop::has_budget_remaining() => {
                     // It may well have something: the task has had its share of the thread.

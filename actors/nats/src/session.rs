@@ -152,16 +152,15 @@ impl NatsReader {
     }
 
     /// Makes an arrival of a message; `None` when it is not for the runtime.
+    #[inline]
     fn read(
-        &mut self,
-        key: usize,
+        link: &Link,
+        purpose: &Purpose,
         message: Message,
         cx: &mut Context<'_>,
         packet: &mut IncomingPacket,
     ) -> Option<Inbound<NatsReplyTo>> {
-        let link = &self.link;
-        let streams = link.streams.borrow();
-        match streams.tag(key)? {
+        match purpose {
             Purpose::Serve { route, endpoint } => {
                 if wire::is_cancel_subject(&message.subject) {
                     // A handler of everything (`>`) does not handle this.
@@ -275,16 +274,18 @@ impl SessionReader<NatsReplyTo> for NatsReader {
             if let Some(reason) = self.reports.pop_front() {
                 return Poll::Ready(Some(Ok(Inbound::Bad { reason })));
             }
-            let next = self.link.streams.borrow_mut().poll_next(cx);
+            let link = &self.link;
+            let next = link.streams.borrow_mut().poll_next(cx, |cx, (_, purpose), message| {
+                Some(Self::read(link, purpose, message?, cx, packet))
+            });
             match next {
-                Poll::Ready((key, Some(message))) => {
+                Poll::Ready(Some(Some(inbound))) => {
                     self.progress = true;
-                    if let Some(inbound) = self.read(key, message, cx, packet) {
-                        return Poll::Ready(Some(Ok(inbound)));
-                    }
+                    return Poll::Ready(Some(Ok(inbound)));
                 }
+                Poll::Ready(Some(None)) => self.progress = true,
                 // We never end a subscription without removing it: the driver's task has ended.
-                Poll::Ready((_, None)) => return Poll::Ready(Some(Err(self.link.lost()))),
+                Poll::Ready(None) => return Poll::Ready(Some(Err(self.link.lost()))),
                 Poll::Pending => {
                     if self.is_drained(cx) {
                         return Poll::Ready(None);
