@@ -134,6 +134,14 @@ impl Flow {
         Some((id, &self.sent.entry(id).insert_entry(sent).into_mut().message))
     }
 
+    /// Takes back a request that still waits for room in the window. False if there is none.
+    pub(crate) fn withdraw(&mut self, id: PacketId) -> bool {
+        let at = self.waiting.iter().position(|message| message.what == What::Request(id));
+        let Some(message) = at.and_then(|at| self.waiting.remove(at)) else { return false };
+        self.waiting_bytes -= message.size();
+        true
+    }
+
     /// Ends an exchange.
     pub(crate) fn forget(&mut self, id: u16) -> Option<Message> {
         let message = self.sent.remove(&id)?.message;
@@ -410,6 +418,23 @@ mod tests {
         flow.on_pubcomp(1);
         assert_eq!(flow.next(narrow).unwrap().0, 3);
         assert_eq!(flow.next(narrow).unwrap().0, 4);
+    }
+
+    /// MQTT-24.
+    #[test]
+    fn a_request_that_waits_can_be_taken_back() {
+        let id = |digit: &str| PacketId::from_text(digit.repeat(21).as_bytes()).unwrap();
+        let mut flow = Flow::default();
+        for digit in ["1", "2", "3"] {
+            flow.push(Message { what: What::Request(id(digit)), ..message("a", MqttQos::AtLeastOnce) });
+        }
+        flow.next(window(1));
+        assert!(!flow.withdraw(id("1")), "it is on its way");
+        assert!(flow.withdraw(id("2")) && !flow.withdraw(id("2")));
+        assert_eq!(flow.waiting_bytes(), 17);
+        flow.on_puback(ack(1));
+        assert_eq!(flow.next(window(1)).unwrap().1.what, What::Request(id("3")));
+        assert_eq!(flow.waiting_bytes(), 0);
     }
 
     #[test]

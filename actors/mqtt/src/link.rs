@@ -44,6 +44,8 @@ pub(crate) struct Carry {
     pub(crate) connected: bool,
     /// Attempts at the first connection.
     pub(crate) attempts: i32,
+    /// Whether it was said that the broker does not permit cancellations.
+    cancellation_refused: bool,
 }
 
 /// What subscribing or unsubscribing is for.
@@ -52,6 +54,8 @@ pub(crate) enum Control {
     Route(Route),
     /// The reply topic of this key.
     Reply(usize),
+    /// Topics of cancellations.
+    Cancel,
     Gone,
 }
 
@@ -699,6 +703,11 @@ impl Link {
             || self.flow.has_confirmed()
             || self.dropped > 0
             || self.ended.is_some()
+    }
+
+    /// Whether a refused subscription of cancellations is the first one of this end.
+    pub(crate) fn is_first_refusal(&self) -> bool {
+        !std::mem::replace(&mut self.carry.lock().cancellation_refused, true)
     }
 
     /// Reply topics that the broker goes on sending to a session that it keeps.

@@ -254,6 +254,9 @@ martlet_core::transport_options! {
         /// further ones wait, where they count towards `highWaterBytes`. An MQTT 5 broker's own bound holds, too.
         /// Default 100.
         "publishWindow" publish_window: u16 = 100, (u16) |messages| messages;
+        /// Whether cancelled calls are told to the handler's service, on topics below `_MARTLET/cancel`. Default
+        /// true.
+        "cancellation" cancellation: bool = true, (bool) |cancellation| cancellation;
     }
 
     /// The options of the serving side.

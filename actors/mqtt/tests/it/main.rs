@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod calls;
+mod cancel;
 mod config;
 mod confirm;
 mod conformance;
