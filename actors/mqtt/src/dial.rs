@@ -296,7 +296,7 @@ mod tests {
                 payload: bytes::Bytes::new(),
                 options: PublishOptions { qos: MqttQos::AtLeastOnce, ..PublishOptions::default() },
                 what: What::Event(PacketId::from_text(&[b'1'; 21]).unwrap()),
-                lost_over: 0,
+                closed_over: 0,
             });
             let (id, _) = flow.next(Window { all: 1, twos: 1 }).unwrap();
             flow.on_puback(crate::driver::Ack { id, refusal: None });

@@ -6,6 +6,7 @@
 //! message is acknowledged when it is taken, not when it is read.
 
 use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -19,8 +20,10 @@ use parking_lot::Mutex;
 use tokio::io::AsyncWrite;
 use tokio::time::{Instant, Sleep};
 
-use crate::driver::{self, Ack, AckKind, ConnAck, Filter, Incoming, Publish, ReadError, Refusal, Version};
-use crate::flow::{Acked, Again, Flow, Message, What, Window};
+use crate::driver::{
+    self, Ack, AckKind, ConnAck, Filter, Goodbye, Incoming, Publish, ReadError, Refusal, Version,
+};
+use crate::flow::{self, Acked, Again, Flow, Message, What, Window};
 use crate::net::Stream;
 use crate::options::{MqttQos, MqttSubscribeOptions};
 use crate::record::PublishOptions;
@@ -103,6 +106,11 @@ pub(crate) struct Link {
     input: BytesMut,
     output: BytesMut,
     unflushed: bool,
+    /// How many bytes went out.
+    written: u64,
+    /// Whether the broker has closed the connection, and whether it may have done so over what it was sent.
+    is_closed: bool,
+    blameless: bool,
     arrived: VecDeque<Publish>,
     arrived_bytes: usize,
     /// Messages dropped for want of room: not yet reported, and in all.
@@ -152,6 +160,9 @@ impl Link {
             input: BytesMut::new(),
             output: BytesMut::new(),
             unflushed: false,
+            written: 0,
+            is_closed: false,
+            blameless: false,
             arrived: VecDeque::new(),
             arrived_bytes: 0,
             dropped: 0,
@@ -207,10 +218,8 @@ impl Link {
             match again {
                 Again::Release(id) => self.version.ack(AckKind::Release, id, false, &mut self.output),
                 Again::Publish(id) => self.write_sent(id, true),
-                Again::GiveUp(id) => {
-                    let acked = self.flow.give_up(id);
-                    self.acked(id, acked);
-                }
+                Again::GiveUp(id) => self.give_up(id, &flow::given_up(), false),
+                Again::GiveUpAndRelease(id) => self.give_up(id, &flow::given_up(), true),
             }
         }
         if keepalive > 0 {
@@ -294,7 +303,7 @@ impl Link {
         let payload = payload.split().freeze();
         fits?;
         let topic = Bytes::from(topic.concat());
-        self.flow.push(Message { topic, payload, options, what, lost_over: 0 });
+        self.flow.push(Message { topic, payload, options, what, closed_over: 0 });
         self.publish_waiting();
         Ok(true)
     }
@@ -339,11 +348,27 @@ impl Link {
         let (broker, payload) = (&self.broker, &message.payload);
         let written = write_checked(self.version, broker, topic, payload, id, options, &mut self.output);
         // It was held against the bounds of the broker of its time.
-        if let Err(reason) = written {
-            self.output.truncate(start);
-            let acked = self.flow.refuse(id, reason);
-            self.acked(id, acked);
+        match written {
+            Ok(()) => self.flow.sent_at(id, self.written + start as u64),
+            Err(reason) => {
+                let is_two = message.options.qos == MqttQos::ExactlyOnce;
+                self.output.truncate(start);
+                self.give_up(id, &reason, again && is_two);
+            }
         }
+    }
+
+    /// Ends a message without the broker's word on it; if it is to be released, the broker may know its id.
+    fn give_up(&mut self, id: u16, reason: &str, release: bool) {
+        let Some(message) = self.flow.give_up(id, reason, release) else { return };
+        if release {
+            self.version.ack(AckKind::Release, id, false, &mut self.output);
+        }
+        let topic = String::from_utf8_lossy(&message.topic);
+        self.signals.push_back(match message.what {
+            What::Request(id) => Signal::Refused(id, Refusal::Because(reason.to_owned())),
+            _ => Signal::Report(format!("a message on {topic} was given up: {reason}")),
+        });
     }
 
     /// Whether the connection has ended.
@@ -372,6 +397,7 @@ impl Link {
     }
 
     pub(crate) fn say_goodbye(&mut self) {
+        self.blameless = true;
         self.version.disconnect(&mut self.output);
     }
 
@@ -401,17 +427,18 @@ impl Link {
                 Poll::Ready(Ok(0)) => return Err(self.lost("it takes no more bytes")),
                 Poll::Ready(Ok(written)) => {
                     self.output.advance(written);
+                    self.written += written as u64;
                     self.keep.sent = true;
                     self.unflushed = true;
                 }
-                Poll::Ready(Err(error)) => return Err(self.lost(&error.to_string())),
+                Poll::Ready(Err(error)) => return Err(self.broken(&error)),
                 Poll::Pending => return Ok(Poll::Pending),
             }
         }
         if self.unflushed {
             match Pin::new(&mut self.stream).poll_flush(cx) {
                 Poll::Ready(Ok(())) => self.unflushed = false,
-                Poll::Ready(Err(error)) => return Err(self.lost(&error.to_string())),
+                Poll::Ready(Err(error)) => return Err(self.broken(&error)),
                 Poll::Pending => return Ok(Poll::Pending),
             }
         }
@@ -464,8 +491,11 @@ impl Link {
             };
             match read {
                 Poll::Pending => return Ok(()),
-                Poll::Ready(Ok(0)) => return Err(self.lost("it closed the connection")),
-                Poll::Ready(Err(error)) => return Err(self.lost(&error.to_string())),
+                Poll::Ready(Ok(0)) => {
+                    self.is_closed = true;
+                    return Err(self.lost("it closed the connection"));
+                }
+                Poll::Ready(Err(error)) => return Err(self.broken(&error)),
                 Poll::Ready(Ok(bytes)) => {
                     self.keep.received = true;
                     self.decode()?;
@@ -528,6 +558,12 @@ impl Link {
             self.version.ping(&mut self.output);
         }
         Ok(())
+    }
+
+    /// Why the session is over, when the stream says so.
+    fn broken(&mut self, error: &io::Error) -> SessionError {
+        self.is_closed |= !is_of_the_network(error.kind());
+        self.lost(&error.to_string())
     }
 
     /// Why the session is over.
@@ -645,8 +681,9 @@ impl Link {
             }
             Incoming::ConnAck(connack) => self.connack = Some(connack),
             Incoming::Pong => {}
-            Incoming::Disconnect(reason) => {
+            Incoming::Disconnect(Goodbye { reason, over_us }) => {
                 self.last_words = Some(format!("the broker said: {reason}"));
+                self.blameless |= !over_us;
             }
         }
         Ok(())
@@ -737,6 +774,19 @@ impl Link {
     }
 }
 
+/// Whether an error is the network's, and not the other end's.
+fn is_of_the_network(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind as Kind;
+    matches!(
+        kind,
+        Kind::TimedOut
+            | Kind::HostUnreachable
+            | Kind::NetworkUnreachable
+            | Kind::NetworkDown
+            | Kind::AddrNotAvailable
+    )
+}
+
 /// What an arrival that waits is counted as.
 fn size_of(publish: &Publish) -> usize {
     publish.topic.len() + publish.payload.len() + ARRIVAL_OVERHEAD
@@ -768,6 +818,10 @@ fn write_checked(
 
 impl Drop for Link {
     fn drop(&mut self) {
+        // MQTT-22.
+        if self.is_open && self.is_closed && !self.blameless {
+            self.flow.closed(self.written);
+        }
         self.carry.lock().flow = std::mem::take(&mut self.flow);
     }
 }

@@ -33,8 +33,17 @@ pub(crate) enum Incoming {
     SubAck(Ack),
     UnsubAck(u16),
     Pong,
-    /// The broker says goodbye, with a reason.
-    Disconnect(String),
+    /// The broker says goodbye.
+    Disconnect(Goodbye),
+}
+
+/// Why a broker ends a connection.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Goodbye {
+    /// In words.
+    pub(crate) reason: String,
+    /// Whether it may be over what it was sent.
+    pub(crate) over_us: bool,
 }
 
 /// An acknowledgement; with a reason if it is a refusal.

@@ -10,6 +10,7 @@ mod confirm;
 mod conformance;
 mod delivery;
 mod faults;
+mod given_up;
 mod messages;
 mod raw;
 mod storm;
