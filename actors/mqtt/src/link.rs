@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use martlet_core::error::SessionError;
 use martlet_core::pattern::Route;
 use martlet_core::transport::PacketId;
@@ -34,8 +34,6 @@ const READ_CHUNK: usize = 64 * 1024;
 const READ_LEAST: usize = 4 * 1024;
 /// How many exchanges of quality of service 2 a broker of MQTT 3.1.1 is trusted with: mosquitto's default.
 const UNTOLD_WINDOW: usize = 20;
-/// What an arrival that waits costs beside its bytes.
-const ARRIVAL_OVERHEAD: usize = 128;
 
 /// What outlives a connection: of one end of one service or client.
 #[derive(Debug, Default)]
@@ -84,6 +82,8 @@ pub(crate) struct AckTo {
 pub(crate) struct Limits {
     pub(crate) max_packet_bytes: usize,
     pub(crate) buffered_bytes: usize,
+    /// From how many unwritten bytes on the runtime takes nothing.
+    pub(crate) high_water_bytes: usize,
     pub(crate) publish_window: usize,
     /// From which quality of service on the broker sends again what was not taken when the connection ended; `None`
     /// if it does not.
@@ -117,6 +117,12 @@ pub(crate) struct Link {
     dropped: u64,
     dropped_before: u64,
     skip: Option<Skip>,
+    /// Whether what was read has packets for which there is no room.
+    has_more: bool,
+    /// Whether something waited already when this turn began to read.
+    is_behind: bool,
+    /// Whether somebody takes what arrives: not before the session is made.
+    is_taken: bool,
     connack: Option<ConnAck>,
     is_open: bool,
     /// What the broker allows.
@@ -168,6 +174,9 @@ impl Link {
             dropped: 0,
             dropped_before: 0,
             skip: None,
+            has_more: false,
+            is_behind: false,
+            is_taken: false,
             connack: None,
             is_open: false,
             broker: ConnAck::default(),
@@ -227,6 +236,11 @@ impl Link {
             self.keep.tick = Some(Box::pin(tokio::time::sleep(self.keep.period)));
         }
         Ok(())
+    }
+
+    /// The session is made: what arrives is taken from now on.
+    pub(crate) fn is_handed_over(&mut self) {
+        self.is_taken = true;
     }
 
     /// Whether subscriptions can have MQTT 5's identifiers.
@@ -466,16 +480,24 @@ impl Link {
     /// The connection is over, which is told once everything that it brought has been taken.
     fn end(&mut self, error: SessionError) {
         self.ended.get_or_insert(error);
+        // Acknowledgements, perhaps. The connection is over already, whatever is wrong with them.
+        if std::mem::take(&mut self.has_more) {
+            let _ = self.decode();
+        }
         // Nothing can be acknowledged any more: what the broker delivers again in the next session does not run now.
         if let Some(qos) = self.limits.comes_again {
             self.arrived.retain(|publish| publish.qos < qos);
-            self.arrived_bytes = self.arrived.iter().map(size_of).sum();
+            self.arrived_bytes = self.arrived.iter().map(Publish::size).sum();
         }
     }
 
     fn read_some(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
         let mut budget = READ_CHUNK;
+        self.is_behind = !self.arrived.is_empty();
         loop {
+            if std::mem::take(&mut self.has_more) {
+                self.decode()?;
+            }
             if self.is_full() {
                 // What waits is the broker's sign of life; taking it brings us back here.
                 self.keep.received = true;
@@ -485,7 +507,8 @@ impl Link {
                 self.input.reserve(READ_CHUNK);
             }
             let read = {
-                let future = tokio::io::AsyncReadExt::read_buf(&mut self.stream, &mut self.input);
+                let mut room = (&mut self.input).limit(READ_CHUNK);
+                let future = tokio::io::AsyncReadExt::read_buf(&mut self.stream, &mut room);
                 tokio::pin!(future);
                 future.poll(cx)
             };
@@ -509,12 +532,14 @@ impl Link {
         }
     }
 
-    /// Whether the broker is held back by not reading: more waits than may, and none of it can be dropped. Not
-    /// while messages of ours wait for its acknowledgements.
+    /// MQTT-13: whether the broker is held back by not reading: more waits than may, and none of it can be dropped.
+    /// Not where what waits is taken only after the broker has said something that comes behind it: that a route is
+    /// subscribed, or that it has our messages, where so many of those wait that the runtime takes nothing.
     fn is_full(&self) -> bool {
         self.arrived_bytes > self.limits.buffered_bytes
             && self.arrived.back().is_some_and(|publish| publish.qos != MqttQos::AtMostOnce)
-            && !self.flow.is_waiting()
+            && (self.is_taken && self.intake && self.ended.is_none())
+            && self.pending_bytes() < self.limits.high_water_bytes
     }
 
     /// Why the connection is over, whatever it has brought: for those who do not take arrivals.
@@ -592,6 +617,10 @@ impl Link {
                 }
             }
             if self.input.is_empty() {
+                return Ok(());
+            }
+            if self.is_full() {
+                self.has_more = true;
                 return Ok(());
             }
             match self.version.read(&mut self.input, self.limits.max_packet_bytes) {
@@ -710,7 +739,7 @@ impl Link {
         }
     }
 
-    fn arrive(&mut self, publish: Publish) {
+    fn arrive(&mut self, mut publish: Publish) {
         if publish.qos == MqttQos::ExactlyOnce && self.flow.is_received(publish.id) {
             // It was taken; the broker has not heard of it.
             self.version.ack(AckKind::Received, publish.id, false, &mut self.output);
@@ -720,7 +749,7 @@ impl Link {
             // Not acknowledged: the broker keeps it for the next session.
             return;
         }
-        let size = size_of(&publish);
+        let size = publish.size();
         if publish.qos == MqttQos::AtMostOnce
             && !self.arrived.is_empty()
             && self.arrived_bytes + size > self.limits.buffered_bytes
@@ -728,6 +757,10 @@ impl Link {
             // MQTT-13.
             self.dropped += 1;
             return;
+        }
+        if self.is_behind {
+            // It may wait for long, and would hold all that was read together with it.
+            publish.detach(READ_CHUNK);
         }
         self.arrived_bytes += size;
         self.arrived.push_back(publish);
@@ -755,7 +788,7 @@ impl Link {
     /// The next message that arrived.
     pub(crate) fn next_arrival(&mut self) -> Option<Publish> {
         let publish = self.arrived.pop_front()?;
-        self.arrived_bytes -= size_of(&publish);
+        self.arrived_bytes -= publish.size();
         Some(publish)
     }
 
@@ -785,11 +818,6 @@ fn is_of_the_network(kind: io::ErrorKind) -> bool {
             | Kind::NetworkDown
             | Kind::AddrNotAvailable
     )
-}
-
-/// What an arrival that waits is counted as.
-fn size_of(publish: &Publish) -> usize {
-    publish.topic.len() + publish.payload.len() + ARRIVAL_OVERHEAD
 }
 
 /// Writes a message, unless it is one that the broker has said it does not take.

@@ -49,6 +49,7 @@ pub(crate) struct Settings {
     pub(crate) shared_group: Option<String>,
     pub(crate) manual_acks: bool,
     pub(crate) max_connection_attempts: i32,
+    pub(crate) high_water_bytes: usize,
     pub(crate) user_properties: Headers,
     pub(crate) reply_idle: Duration,
     pub(crate) codec: Arc<dyn Codec>,

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod bounds;
 mod calls;
 mod cancel;
 mod config;
