@@ -34,8 +34,10 @@ impl Drop for Stopped {
     }
 }
 
-/// A handler that never ends of its own; counts how often it was begun and how often stopped.
-fn stuck(pattern: &str) -> (HandlerGroup, Arc<AtomicU64>, Arc<AtomicU64>) {
+/// A handler that never ends of its own, and how often it was begun and stopped.
+type Stuck = (HandlerGroup, Arc<AtomicU64>, Arc<AtomicU64>);
+
+fn stuck(pattern: &str) -> Stuck {
     let (begun, stopped) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
     let (runs, ends) = (Arc::clone(&begun), Arc::clone(&stopped));
     let group = message(martlet_core::Pattern::from(pattern), move || {
@@ -107,7 +109,7 @@ async fn every_member_of_a_group_hears_what_one_of_them_is_to_stop() {
         services.push(serve(options, [group.clone(), sum()]).await);
     }
     let client = MqttClient::new(client_options(&broker));
-    let all = |of: fn(&(HandlerGroup, Arc<AtomicU64>, Arc<AtomicU64>)) -> &Arc<AtomicU64>| {
+    let all = |of: fn(&Stuck) -> &Arc<AtomicU64>| {
         members.iter().map(|member| of(member).load(Ordering::Relaxed)).collect::<Vec<_>>()
     };
     let call = || client.send::<i64>("stuck/a", 1);
