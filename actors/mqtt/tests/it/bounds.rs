@@ -141,11 +141,14 @@ async fn a_service_whose_replies_wait_for_the_broker_hears_it_behind_what_it_has
     let mut reply = first;
     for _ in 0..2 {
         raw.send(Packet::PubAck(rumqttc_v5::mqttbytes::v5::PubAck::new(reply.pkid, None))).await;
-        reply = loop {
-            if let Packet::Publish(publish) = raw.packet().await {
-                break publish;
+        let next = async {
+            loop {
+                if let Packet::Publish(publish) = raw.packet().await {
+                    break publish;
+                }
             }
         };
+        reply = tokio::time::timeout(Duration::from_secs(10), next).await.unwrap();
     }
     raw.send(Packet::PubAck(rumqttc_v5::mqttbytes::v5::PubAck::new(reply.pkid, None))).await;
     until("everything has run", || count.load(Ordering::Relaxed) == 100).await;
