@@ -43,6 +43,9 @@ pub(crate) fn all() -> Vec<Named> {
         ("martlet::redis::dropped_call_cancels_the_handler", |_| {
             Box::pin(dropped(Transport::Redis, Some(Kind::Redis)))
         }),
+        ("martlet::mqtt::dropped_call_cancels_the_handler", |_| {
+            Box::pin(dropped(Transport::Mqtt, Some(Kind::Mosquitto)))
+        }),
     ]
 }
 

@@ -23,7 +23,7 @@ const SUBSCRIBE_WINDOW: usize = 1024;
 ///
 /// [`MqttServer`](crate::MqttServer) and [`MqttClient`](crate::MqttClient) put it into the runtime. Its clones, and
 /// the sessions that follow each other, are one end for the broker: they share the client id and what MQTT has not
-/// finished.
+/// finished. The runtime that it is given to must not have a lower `high_water_bytes` than its own options.
 #[derive(Debug, Clone)]
 pub struct MqttDial {
     settings: Arc<Settings>,
@@ -41,6 +41,7 @@ impl MqttDial {
             shared_group: options.shared_group.clone().filter(|group| !group.is_empty()),
             manual_acks: options.manual_acks || options.on_failure.is_some(),
             max_connection_attempts: options.max_connection_attempts,
+            high_water_bytes: options.high_water_bytes,
             user_properties: Headers::new(),
             reply_idle: std::time::Duration::ZERO,
             codec: Arc::clone(&options.codec),
@@ -57,6 +58,7 @@ impl MqttDial {
             shared_group: None,
             manual_acks: false,
             max_connection_attempts: -1,
+            high_water_bytes: options.client.high_water_bytes,
             user_properties: options.user_properties.clone(),
             reply_idle: options.reply_idle,
             codec: Arc::clone(&options.codec),
@@ -117,6 +119,7 @@ impl MqttDial {
         let limits = Limits {
             max_packet_bytes: common.max_packet_bytes.clamp(128, MAX_REMAINING + 5),
             buffered_bytes: common.buffered_bytes,
+            high_water_bytes: settings.high_water_bytes.max(1),
             publish_window: usize::from(common.publish_window.max(1)),
             comes_again: (settings.role == Role::Server && settings.manual_acks && !common.clean)
                 .then_some(MqttQos::AtLeastOnce),
@@ -160,6 +163,7 @@ impl MqttDial {
             }
         }
         confirmed(&mut shared.link, 0).await?;
+        shared.link.is_handed_over();
         Ok(MqttSession::new(shared, Arc::from(shown), about))
     }
 
@@ -296,7 +300,7 @@ mod tests {
                 payload: bytes::Bytes::new(),
                 options: PublishOptions { qos: MqttQos::AtLeastOnce, ..PublishOptions::default() },
                 what: What::Event(PacketId::from_text(&[b'1'; 21]).unwrap()),
-                lost_over: 0,
+                closed_over: 0,
             });
             let (id, _) = flow.next(Window { all: 1, twos: 1 }).unwrap();
             flow.on_puback(crate::driver::Ack { id, refusal: None });

@@ -12,8 +12,8 @@ use crate::driver::{Ack, Refusal};
 use crate::options::MqttQos;
 use crate::record::PublishOptions;
 
-/// How many connections may end one after the other over the same message, the oldest that is unfinished.
-const MAX_LOST_OVER: u8 = 10;
+/// How many connections a broker may close over the same message.
+const MAX_CLOSED_OVER: u8 = 10;
 
 /// A message of ours that the broker must acknowledge.
 #[derive(Debug, Clone)]
@@ -22,8 +22,8 @@ pub(crate) struct Message {
     pub(crate) payload: Bytes,
     pub(crate) options: PublishOptions,
     pub(crate) what: What,
-    /// How many connections have ended while it was the oldest that was unfinished.
-    pub(crate) lost_over: u8,
+    /// How many connections the broker has closed over it, as far as that can be told.
+    pub(crate) closed_over: u8,
 }
 
 /// Who waits for the broker's word on a message.
@@ -53,6 +53,13 @@ struct Sent {
     message: Message,
     /// PUBREC came, PUBREL went out.
     released: bool,
+    /// Where it begins in what goes out on this connection; `None` if it was not written to it.
+    at: Option<u64>,
+}
+
+/// Why a message is given up.
+pub(crate) fn given_up() -> String {
+    format!("the broker closed the connection {MAX_CLOSED_OVER} times after this message was sent")
 }
 
 /// What to send again on a new connection.
@@ -62,6 +69,8 @@ pub(crate) enum Again {
     Release(u16),
     /// It is not sent again: the broker, it seems, closes the connection over it.
     GiveUp(u16),
+    /// The same, of quality of service 2: the broker may know its id, and is to forget it.
+    GiveUpAndRelease(u16),
 }
 
 /// What an acknowledgement led to.
@@ -91,6 +100,10 @@ pub(crate) struct Flow {
     sent: HashMap<u16, Sent>,
     /// How many of them are of quality of service 2.
     twos: usize,
+    /// One over which the broker may have closed the connection: nothing goes out beside it.
+    alone: Option<u16>,
+    /// The broker has closed the last connection when so many bytes had been written to it.
+    closed_at: Option<u64>,
     waiting: VecDeque<Message>,
     waiting_bytes: usize,
     /// Ids of subscribing and unsubscribing under way.
@@ -121,22 +134,38 @@ impl Flow {
 
     /// Takes the next message that may go out, and its id.
     pub(crate) fn next(&mut self, window: Window) -> Option<(u16, &Message)> {
-        let is_two = self.waiting.front()?.options.qos == MqttQos::ExactlyOnce;
+        let first = self.waiting.front()?;
+        let is_two = first.options.qos == MqttQos::ExactlyOnce;
+        let is_suspect = first.closed_over > 0;
         if self.sent.len() >= window.all || is_two && self.twos >= window.twos {
+            return None;
+        }
+        // MQTT-22: so that it can be told over which of them the connection is closed.
+        if self.alone.is_some() || is_suspect && !self.sent.is_empty() {
             return None;
         }
         let id = self.fresh_id()?;
         let message = self.waiting.pop_front()?;
         self.waiting_bytes -= message.size();
         self.twos += usize::from(is_two);
+        self.alone = is_suspect.then_some(id);
         self.order += 1;
-        let sent = Sent { order: self.order, message, released: false };
+        let sent = Sent { order: self.order, message, released: false, at: None };
         Some((id, &self.sent.entry(id).insert_entry(sent).into_mut().message))
+    }
+
+    /// Takes back a request that still waits for room in the window. False if there is none.
+    pub(crate) fn withdraw(&mut self, id: PacketId) -> bool {
+        let at = self.waiting.iter().position(|message| message.what == What::Request(id));
+        let Some(message) = at.and_then(|at| self.waiting.remove(at)) else { return false };
+        self.waiting_bytes -= message.size();
+        true
     }
 
     /// Ends an exchange.
     pub(crate) fn forget(&mut self, id: u16) -> Option<Message> {
         let message = self.sent.remove(&id)?.message;
+        self.alone = self.alone.filter(|alone| *alone != id);
         self.twos -= usize::from(message.options.qos == MqttQos::ExactlyOnce);
         Some(message)
     }
@@ -159,14 +188,35 @@ impl Flow {
         refusal.map_or(Acked::Done, |refusal| Acked::Refused(message, refusal))
     }
 
-    /// The end of a message that is given up.
-    pub(crate) fn give_up(&mut self, id: u16) -> Acked {
-        self.refuse(id, format!("{MAX_LOST_OVER} connections have ended over it"))
+    /// Notes where a message begins in what goes out.
+    pub(crate) fn sent_at(&mut self, id: u16, at: u64) {
+        if let Some(sent) = self.sent.get_mut(&id) {
+            sent.at = Some(at);
+        }
     }
 
-    /// A message that cannot be sent after all.
-    pub(crate) fn refuse(&mut self, id: u16, reason: String) -> Acked {
-        self.end(id, Some(Refusal::Because(reason)))
+    /// Ends a message without the broker's word on it. If it is to be released, its id stays taken until the broker
+    /// has forgotten it: otherwise the next message under that id would be taken for this one.
+    pub(crate) fn give_up(&mut self, id: u16, reason: &str, release: bool) -> Option<Message> {
+        let message = match release {
+            false => self.forget(id)?,
+            true => {
+                let sent = self.sent.get_mut(&id)?;
+                sent.released = true;
+                let rest = Message {
+                    topic: Bytes::new(),
+                    payload: Bytes::new(),
+                    what: What::Unwatched,
+                    closed_over: 0,
+                    ..sent.message.clone()
+                };
+                std::mem::replace(&mut sent.message, rest)
+            }
+        };
+        if let What::Event(receipt) = message.what {
+            self.confirmed.push_back((receipt, Some(reason.to_owned())));
+        }
+        Some(message)
     }
 
     /// PUBACK.
@@ -253,6 +303,21 @@ impl Flow {
 
     // === a new connection ===
 
+    /// The broker has closed the connection, to which so many bytes had been written.
+    pub(crate) fn closed(&mut self, written: u64) {
+        self.closed_at = Some(written);
+    }
+
+    /// MQTT-22: the message over which the broker may have closed the last connection: it takes them in order, so it
+    /// is the first that was on its way. Not one whose PUBREC still holds.
+    fn suspect(&self, session_present: bool) -> Option<u16> {
+        let written = self.closed_at?;
+        let begun = |sent: &Sent| sent.at.is_some_and(|at| at < written);
+        let open = |sent: &Sent| !(session_present && sent.released);
+        let suspects = self.sent.iter().filter(|(_, sent)| begun(sent) && open(sent));
+        suspects.min_by_key(|(_, sent)| sent.order).map(|(id, _)| *id)
+    }
+
     /// What is to be sent again, in order. Without the broker's session, everything it has not finished is queued
     /// as new, except requests: their calls have ended.
     pub(crate) fn resume(&mut self, session_present: bool) -> Vec<Again> {
@@ -263,15 +328,19 @@ impl Flow {
             self.sent.iter().map(|(id, sent)| (sent.order, *id, sent.released)).collect();
         sent.sort_unstable();
         let mut again = Vec::new();
-        // MQTT-22: brokers answer in order, so the oldest is the one.
-        if let Some((_, id, _)) = sent.first()
-            && let Some(oldest) = self.sent.get_mut(id)
+        if let Some(id) = self.suspect(session_present)
+            && let Some(suspect) = self.sent.get_mut(&id)
         {
-            oldest.message.lost_over += 1;
-            if oldest.message.lost_over >= MAX_LOST_OVER {
-                again.push(Again::GiveUp(sent.remove(0).1));
+            suspect.message.closed_over += 1;
+            if suspect.message.closed_over >= MAX_CLOSED_OVER {
+                let release = session_present && suspect.message.options.qos == MqttQos::ExactlyOnce;
+                again.push(if release { Again::GiveUpAndRelease(id) } else { Again::GiveUp(id) });
+                sent.retain(|(_, other, _)| *other != id);
             }
         }
+        self.closed_at = None;
+        self.alone = None;
+        self.sent.values_mut().for_each(|sent| sent.at = None);
         if session_present {
             // MQTT-16.
             let each = |(_, id, released)| if released { Again::Release(id) } else { Again::Publish(id) };
@@ -309,7 +378,7 @@ mod tests {
             payload: Bytes::new(),
             options: PublishOptions { qos, ..PublishOptions::default() },
             what: What::Unwatched,
-            lost_over: 0,
+            closed_over: 0,
         }
     }
 
@@ -412,6 +481,23 @@ mod tests {
         assert_eq!(flow.next(narrow).unwrap().0, 4);
     }
 
+    /// MQTT-24.
+    #[test]
+    fn a_request_that_waits_can_be_taken_back() {
+        let id = |digit: &str| PacketId::from_text(digit.repeat(21).as_bytes()).unwrap();
+        let mut flow = Flow::default();
+        for digit in ["1", "2", "3"] {
+            flow.push(Message { what: What::Request(id(digit)), ..message("a", MqttQos::AtLeastOnce) });
+        }
+        flow.next(window(1));
+        assert!(!flow.withdraw(id("1")), "it is on its way");
+        assert!(flow.withdraw(id("2")) && !flow.withdraw(id("2")));
+        assert_eq!(flow.waiting_bytes(), 17);
+        flow.on_puback(ack(1));
+        assert_eq!(flow.next(window(1)).unwrap().1.what, What::Request(id("3")));
+        assert_eq!(flow.waiting_bytes(), 0);
+    }
+
     #[test]
     fn a_kept_session_goes_on_where_it_was() {
         let mut flow = Flow::default();
@@ -444,32 +530,155 @@ mod tests {
         assert_eq!(names, ["a", "b", "c"]);
     }
 
+    /// A connection on which everything that is under way was written, and which the broker has closed.
+    fn closed_after(flow: &mut Flow, kept: bool) -> Vec<Again> {
+        for (id, _) in topics(flow) {
+            flow.sent_at(id, u64::from(id));
+        }
+        flow.closed(u64::MAX);
+        flow.resume(kept)
+    }
+
+    /// As a link writes them again.
+    fn written_again(flow: &mut Flow, again: &[Again]) {
+        for again in again {
+            if let Again::Publish(id) = again {
+                flow.sent_at(*id, 0);
+            }
+        }
+    }
+
+    fn gives_up(again: &[Again]) -> bool {
+        again.iter().any(|again| matches!(again, Again::GiveUp(_) | Again::GiveUpAndRelease(_)))
+    }
+
     /// MQTT-22.
     #[test]
-    fn a_message_over_which_every_connection_ends_is_given_up_alone() {
+    fn a_message_over_which_every_connection_is_closed_is_given_up_alone() {
+        for (kept, qos) in [(true, 1), (false, 1), (true, 2), (false, 2)] {
+            let mut flow = Flow::default();
+            let receipt = PacketId::from_text(&[b'1'; 21]).unwrap();
+            let first = message("a", MqttQos::try_from(qos).unwrap());
+            flow.push(Message { what: What::Event(receipt), ..first });
+            flow.push(message("b", MqttQos::AtLeastOnce));
+            let mut again = Vec::new();
+            for _ in 0..MAX_CLOSED_OVER {
+                assert!(!gives_up(&again));
+                written_again(&mut flow, &again);
+                again = closed_after(&mut flow, kept);
+            }
+            let release = kept && qos == 2;
+            let id = match again[0] {
+                Again::GiveUp(id) if !release => id,
+                Again::GiveUpAndRelease(id) if release => id,
+                _ => panic!("{again:?}"),
+            };
+            let message = flow.give_up(id, &given_up(), release).unwrap();
+            assert_eq!(&message.topic[..], b"a");
+            let (told, reason) = flow.next_confirmed().unwrap();
+            assert_eq!(
+                (told, reason.as_deref()),
+                (receipt, Some("the broker closed the connection 10 times after this message was sent"))
+            );
+            // The other one is at its first, however often it was on its way behind it.
+            again.remove(0);
+            written_again(&mut flow, &again);
+            assert!(!gives_up(&closed_after(&mut flow, kept)));
+            let other = flow.sent.values().map(|sent| &sent.message).chain(&flow.waiting);
+            let other = other.filter(|message| message.topic == "b").map(|message| message.closed_over);
+            assert_eq!(other.collect::<Vec<_>>(), [1]);
+            // The broker may hold the id of what was released: it is not given to another message before PUBCOMP.
+            assert_eq!(flow.sent.contains_key(&id), release || kept && id == 2);
+            flow.on_pubcomp(id);
+            assert!(!flow.sent.contains_key(&id));
+            assert!(!flow.has_confirmed());
+        }
+    }
+
+    /// MQTT-22.
+    #[test]
+    fn only_what_was_on_its_way_on_a_connection_that_the_broker_closed_counts() {
         for kept in [true, false] {
             let mut flow = Flow::default();
-            for (name, qos) in [("a", 2), ("b", 1), ("c", 1)] {
-                flow.push(message(name, MqttQos::try_from(qos).unwrap()));
-            }
-            topics(&mut flow);
-            // An answer that is not the last one.
-            flow.on_pubrec(ack(1));
-            for _ in 1..MAX_LOST_OVER {
-                assert!(flow.resume(kept).iter().all(|again| !matches!(again, Again::GiveUp(_))));
+            flow.push(message("a", MqttQos::AtLeastOnce));
+            let mut again = Vec::new();
+            for round in 0..100u64 {
+                written_again(&mut flow, &again);
                 topics(&mut flow);
+                match round % 3 {
+                    // The line broke.
+                    0 => flow.sent_at(1, 10),
+                    // Nothing of it was written.
+                    1 => {
+                        flow.sent_at(1, 10);
+                        flow.closed(10);
+                    }
+                    // It was not sent.
+                    _ => {
+                        flow.sent.values_mut().for_each(|sent| sent.at = None);
+                        flow.closed(1000);
+                    }
+                }
+                again = flow.resume(kept);
+                assert!(!gives_up(&again));
             }
-            let again = flow.resume(kept);
-            let [Again::GiveUp(id), ..] = again[..] else { panic!("{again:?}") };
-            let Acked::Refused(message, Refusal::Because(reason)) = flow.give_up(id) else { panic!() };
-            assert_eq!(
-                (&message.topic[..], reason.as_str()),
-                (&b"a"[..], "10 connections have ended over it")
-            );
-            // The next one is at its first.
-            topics(&mut flow);
-            assert!(flow.resume(kept).iter().all(|again| !matches!(again, Again::GiveUp(_))));
+            // From the other side: a byte of it was.
+            for round in 1..=MAX_CLOSED_OVER {
+                topics(&mut flow);
+                let id = *flow.sent.keys().next().unwrap();
+                flow.sent_at(id, 10);
+                flow.closed(11);
+                assert_eq!(gives_up(&flow.resume(kept)), round == MAX_CLOSED_OVER);
+            }
         }
+    }
+
+    /// MQTT-22: what the broker has said PUBREC to is its own, as long as it keeps the session.
+    #[test]
+    fn a_message_that_the_broker_has_received_is_never_given_up() {
+        let mut flow = Flow::default();
+        flow.push(message("a", MqttQos::ExactlyOnce));
+        for (id, _) in topics(&mut flow) {
+            flow.sent_at(id, 0);
+        }
+        flow.on_pubrec(ack(1));
+        for _ in 0..100 {
+            flow.closed(100);
+            assert_eq!(flow.resume(true), [Again::Release(1)]);
+        }
+        // Without the session its word is worth nothing.
+        flow.resume(false);
+        for round in 1..=MAX_CLOSED_OVER {
+            let (id, _) = topics(&mut flow)[0];
+            flow.sent_at(id, 0);
+            flow.on_pubrec(ack(id));
+            flow.closed(100);
+            assert_eq!(gives_up(&flow.resume(false)), round == MAX_CLOSED_OVER);
+        }
+    }
+
+    /// MQTT-22: two messages on their way, and the broker has answered the first halfway.
+    #[test]
+    fn a_suspect_goes_out_alone() {
+        let mut flow = Flow::default();
+        flow.push(message("a", MqttQos::ExactlyOnce));
+        for name in ["b", "c"] {
+            flow.push(message(name, MqttQos::AtLeastOnce));
+        }
+        for (id, _) in topics(&mut flow) {
+            flow.sent_at(id, 0);
+        }
+        flow.on_pubrec(ack(1));
+        flow.closed(100);
+        flow.resume(false);
+        let [(id, name)] = &topics(&mut flow)[..] else { panic!() };
+        assert_eq!(name, "a");
+        flow.sent_at(*id, 0);
+        flow.on_pubrec(ack(*id));
+        assert!(topics(&mut flow).is_empty());
+        flow.on_pubcomp(*id);
+        let names: Vec<_> = topics(&mut flow).into_iter().map(|(_, name)| name).collect();
+        assert_eq!(names, ["b", "c"]);
     }
 
     #[test]

@@ -33,6 +33,7 @@
 //! ```
 #![warn(clippy::print_stdout)]
 
+mod cancel;
 mod client;
 mod context;
 mod dial;

@@ -6,12 +6,13 @@
 //! message is acknowledged when it is taken, not when it is read.
 
 use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use martlet_core::error::SessionError;
 use martlet_core::pattern::Route;
 use martlet_core::transport::PacketId;
@@ -19,8 +20,10 @@ use parking_lot::Mutex;
 use tokio::io::AsyncWrite;
 use tokio::time::{Instant, Sleep};
 
-use crate::driver::{self, Ack, AckKind, ConnAck, Filter, Incoming, Publish, ReadError, Refusal, Version};
-use crate::flow::{Acked, Again, Flow, Message, What, Window};
+use crate::driver::{
+    self, Ack, AckKind, ConnAck, Filter, Goodbye, Incoming, Publish, ReadError, Refusal, Version,
+};
+use crate::flow::{self, Acked, Again, Flow, Message, What, Window};
 use crate::net::Stream;
 use crate::options::{MqttQos, MqttSubscribeOptions};
 use crate::record::PublishOptions;
@@ -31,8 +34,6 @@ const READ_CHUNK: usize = 64 * 1024;
 const READ_LEAST: usize = 4 * 1024;
 /// How many exchanges of quality of service 2 a broker of MQTT 3.1.1 is trusted with: mosquitto's default.
 const UNTOLD_WINDOW: usize = 20;
-/// What an arrival that waits costs beside its bytes.
-const ARRIVAL_OVERHEAD: usize = 128;
 
 /// What outlives a connection: of one end of one service or client.
 #[derive(Debug, Default)]
@@ -44,6 +45,8 @@ pub(crate) struct Carry {
     pub(crate) connected: bool,
     /// Attempts at the first connection.
     pub(crate) attempts: i32,
+    /// Whether it was said that the broker does not permit cancellations.
+    cancellation_refused: bool,
 }
 
 /// What subscribing or unsubscribing is for.
@@ -52,6 +55,8 @@ pub(crate) enum Control {
     Route(Route),
     /// The reply topic of this key.
     Reply(usize),
+    /// Topics of cancellations.
+    Cancel,
     Gone,
 }
 
@@ -77,6 +82,8 @@ pub(crate) struct AckTo {
 pub(crate) struct Limits {
     pub(crate) max_packet_bytes: usize,
     pub(crate) buffered_bytes: usize,
+    /// From how many unwritten bytes on the runtime takes nothing.
+    pub(crate) high_water_bytes: usize,
     pub(crate) publish_window: usize,
     /// From which quality of service on the broker sends again what was not taken when the connection ended; `None`
     /// if it does not.
@@ -99,12 +106,23 @@ pub(crate) struct Link {
     input: BytesMut,
     output: BytesMut,
     unflushed: bool,
+    /// How many bytes went out.
+    written: u64,
+    /// Whether the broker has closed the connection, and whether it may have done so over what it was sent.
+    is_closed: bool,
+    blameless: bool,
     arrived: VecDeque<Publish>,
     arrived_bytes: usize,
     /// Messages dropped for want of room: not yet reported, and in all.
     dropped: u64,
     dropped_before: u64,
     skip: Option<Skip>,
+    /// Whether what was read has packets for which there is no room.
+    has_more: bool,
+    /// Whether something waited already when this turn began to read.
+    is_behind: bool,
+    /// Whether somebody takes what arrives: not before the session is made.
+    is_taken: bool,
     connack: Option<ConnAck>,
     is_open: bool,
     /// What the broker allows.
@@ -148,11 +166,17 @@ impl Link {
             input: BytesMut::new(),
             output: BytesMut::new(),
             unflushed: false,
+            written: 0,
+            is_closed: false,
+            blameless: false,
             arrived: VecDeque::new(),
             arrived_bytes: 0,
             dropped: 0,
             dropped_before: 0,
             skip: None,
+            has_more: false,
+            is_behind: false,
+            is_taken: false,
             connack: None,
             is_open: false,
             broker: ConnAck::default(),
@@ -203,10 +227,8 @@ impl Link {
             match again {
                 Again::Release(id) => self.version.ack(AckKind::Release, id, false, &mut self.output),
                 Again::Publish(id) => self.write_sent(id, true),
-                Again::GiveUp(id) => {
-                    let acked = self.flow.give_up(id);
-                    self.acked(id, acked);
-                }
+                Again::GiveUp(id) => self.give_up(id, &flow::given_up(), false),
+                Again::GiveUpAndRelease(id) => self.give_up(id, &flow::given_up(), true),
             }
         }
         if keepalive > 0 {
@@ -214,6 +236,11 @@ impl Link {
             self.keep.tick = Some(Box::pin(tokio::time::sleep(self.keep.period)));
         }
         Ok(())
+    }
+
+    /// The session is made: what arrives is taken from now on.
+    pub(crate) fn is_handed_over(&mut self) {
+        self.is_taken = true;
     }
 
     /// Whether subscriptions can have MQTT 5's identifiers.
@@ -290,7 +317,7 @@ impl Link {
         let payload = payload.split().freeze();
         fits?;
         let topic = Bytes::from(topic.concat());
-        self.flow.push(Message { topic, payload, options, what, lost_over: 0 });
+        self.flow.push(Message { topic, payload, options, what, closed_over: 0 });
         self.publish_waiting();
         Ok(true)
     }
@@ -335,11 +362,27 @@ impl Link {
         let (broker, payload) = (&self.broker, &message.payload);
         let written = write_checked(self.version, broker, topic, payload, id, options, &mut self.output);
         // It was held against the bounds of the broker of its time.
-        if let Err(reason) = written {
-            self.output.truncate(start);
-            let acked = self.flow.refuse(id, reason);
-            self.acked(id, acked);
+        match written {
+            Ok(()) => self.flow.sent_at(id, self.written + start as u64),
+            Err(reason) => {
+                let is_two = message.options.qos == MqttQos::ExactlyOnce;
+                self.output.truncate(start);
+                self.give_up(id, &reason, again && is_two);
+            }
         }
+    }
+
+    /// Ends a message without the broker's word on it; if it is to be released, the broker may know its id.
+    fn give_up(&mut self, id: u16, reason: &str, release: bool) {
+        let Some(message) = self.flow.give_up(id, reason, release) else { return };
+        if release {
+            self.version.ack(AckKind::Release, id, false, &mut self.output);
+        }
+        let topic = String::from_utf8_lossy(&message.topic);
+        self.signals.push_back(match message.what {
+            What::Request(id) => Signal::Refused(id, Refusal::Because(reason.to_owned())),
+            _ => Signal::Report(format!("a message on {topic} was given up: {reason}")),
+        });
     }
 
     /// Whether the connection has ended.
@@ -368,6 +411,7 @@ impl Link {
     }
 
     pub(crate) fn say_goodbye(&mut self) {
+        self.blameless = true;
         self.version.disconnect(&mut self.output);
     }
 
@@ -397,17 +441,18 @@ impl Link {
                 Poll::Ready(Ok(0)) => return Err(self.lost("it takes no more bytes")),
                 Poll::Ready(Ok(written)) => {
                     self.output.advance(written);
+                    self.written += written as u64;
                     self.keep.sent = true;
                     self.unflushed = true;
                 }
-                Poll::Ready(Err(error)) => return Err(self.lost(&error.to_string())),
+                Poll::Ready(Err(error)) => return Err(self.broken(&error)),
                 Poll::Pending => return Ok(Poll::Pending),
             }
         }
         if self.unflushed {
             match Pin::new(&mut self.stream).poll_flush(cx) {
                 Poll::Ready(Ok(())) => self.unflushed = false,
-                Poll::Ready(Err(error)) => return Err(self.lost(&error.to_string())),
+                Poll::Ready(Err(error)) => return Err(self.broken(&error)),
                 Poll::Pending => return Ok(Poll::Pending),
             }
         }
@@ -435,16 +480,24 @@ impl Link {
     /// The connection is over, which is told once everything that it brought has been taken.
     fn end(&mut self, error: SessionError) {
         self.ended.get_or_insert(error);
+        // Acknowledgements, perhaps. The connection is over already, whatever is wrong with them.
+        if std::mem::take(&mut self.has_more) {
+            let _ = self.decode();
+        }
         // Nothing can be acknowledged any more: what the broker delivers again in the next session does not run now.
         if let Some(qos) = self.limits.comes_again {
             self.arrived.retain(|publish| publish.qos < qos);
-            self.arrived_bytes = self.arrived.iter().map(size_of).sum();
+            self.arrived_bytes = self.arrived.iter().map(Publish::size).sum();
         }
     }
 
     fn read_some(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
         let mut budget = READ_CHUNK;
+        self.is_behind = !self.arrived.is_empty();
         loop {
+            if std::mem::take(&mut self.has_more) {
+                self.decode()?;
+            }
             if self.is_full() {
                 // What waits is the broker's sign of life; taking it brings us back here.
                 self.keep.received = true;
@@ -454,14 +507,18 @@ impl Link {
                 self.input.reserve(READ_CHUNK);
             }
             let read = {
-                let future = tokio::io::AsyncReadExt::read_buf(&mut self.stream, &mut self.input);
+                let mut room = (&mut self.input).limit(READ_CHUNK);
+                let future = tokio::io::AsyncReadExt::read_buf(&mut self.stream, &mut room);
                 tokio::pin!(future);
                 future.poll(cx)
             };
             match read {
                 Poll::Pending => return Ok(()),
-                Poll::Ready(Ok(0)) => return Err(self.lost("it closed the connection")),
-                Poll::Ready(Err(error)) => return Err(self.lost(&error.to_string())),
+                Poll::Ready(Ok(0)) => {
+                    self.is_closed = true;
+                    return Err(self.lost("it closed the connection"));
+                }
+                Poll::Ready(Err(error)) => return Err(self.broken(&error)),
                 Poll::Ready(Ok(bytes)) => {
                     self.keep.received = true;
                     self.decode()?;
@@ -475,12 +532,14 @@ impl Link {
         }
     }
 
-    /// Whether the broker is held back by not reading: more waits than may, and none of it can be dropped. Not
-    /// while messages of ours wait for its acknowledgements.
+    /// MQTT-13: whether the broker is held back by not reading: more waits than may, and none of it can be dropped.
+    /// Not where what waits is taken only after the broker has said something that comes behind it: that a route is
+    /// subscribed, or that it has our messages, where so many of those wait that the runtime takes nothing.
     fn is_full(&self) -> bool {
         self.arrived_bytes > self.limits.buffered_bytes
             && self.arrived.back().is_some_and(|publish| publish.qos != MqttQos::AtMostOnce)
-            && !self.flow.is_waiting()
+            && (self.is_taken && self.intake && self.ended.is_none())
+            && self.pending_bytes() < self.limits.high_water_bytes
     }
 
     /// Why the connection is over, whatever it has brought: for those who do not take arrivals.
@@ -526,6 +585,12 @@ impl Link {
         Ok(())
     }
 
+    /// Why the session is over, when the stream says so.
+    fn broken(&mut self, error: &io::Error) -> SessionError {
+        self.is_closed |= !is_of_the_network(error.kind());
+        self.lost(&error.to_string())
+    }
+
     /// Why the session is over.
     pub(crate) fn lost(&self, why: &str) -> SessionError {
         match &self.last_words {
@@ -552,6 +617,10 @@ impl Link {
                 }
             }
             if self.input.is_empty() {
+                return Ok(());
+            }
+            if self.is_full() {
+                self.has_more = true;
                 return Ok(());
             }
             match self.version.read(&mut self.input, self.limits.max_packet_bytes) {
@@ -641,8 +710,9 @@ impl Link {
             }
             Incoming::ConnAck(connack) => self.connack = Some(connack),
             Incoming::Pong => {}
-            Incoming::Disconnect(reason) => {
+            Incoming::Disconnect(Goodbye { reason, over_us }) => {
                 self.last_words = Some(format!("the broker said: {reason}"));
+                self.blameless |= !over_us;
             }
         }
         Ok(())
@@ -669,7 +739,7 @@ impl Link {
         }
     }
 
-    fn arrive(&mut self, publish: Publish) {
+    fn arrive(&mut self, mut publish: Publish) {
         if publish.qos == MqttQos::ExactlyOnce && self.flow.is_received(publish.id) {
             // It was taken; the broker has not heard of it.
             self.version.ack(AckKind::Received, publish.id, false, &mut self.output);
@@ -679,7 +749,7 @@ impl Link {
             // Not acknowledged: the broker keeps it for the next session.
             return;
         }
-        let size = size_of(&publish);
+        let size = publish.size();
         if publish.qos == MqttQos::AtMostOnce
             && !self.arrived.is_empty()
             && self.arrived_bytes + size > self.limits.buffered_bytes
@@ -687,6 +757,10 @@ impl Link {
             // MQTT-13.
             self.dropped += 1;
             return;
+        }
+        if self.is_behind {
+            // It may wait for long, and would hold all that was read together with it.
+            publish.detach(READ_CHUNK);
         }
         self.arrived_bytes += size;
         self.arrived.push_back(publish);
@@ -701,6 +775,11 @@ impl Link {
             || self.ended.is_some()
     }
 
+    /// Whether a refused subscription of cancellations is the first one of this end.
+    pub(crate) fn is_first_refusal(&self) -> bool {
+        !std::mem::replace(&mut self.carry.lock().cancellation_refused, true)
+    }
+
     /// Reply topics that the broker goes on sending to a session that it keeps.
     pub(crate) fn keep_reply_filters(&self, filters: Vec<String>) {
         self.carry.lock().reply_filters = filters;
@@ -709,7 +788,7 @@ impl Link {
     /// The next message that arrived.
     pub(crate) fn next_arrival(&mut self) -> Option<Publish> {
         let publish = self.arrived.pop_front()?;
-        self.arrived_bytes -= size_of(&publish);
+        self.arrived_bytes -= publish.size();
         Some(publish)
     }
 
@@ -728,9 +807,17 @@ impl Link {
     }
 }
 
-/// What an arrival that waits is counted as.
-fn size_of(publish: &Publish) -> usize {
-    publish.topic.len() + publish.payload.len() + ARRIVAL_OVERHEAD
+/// Whether an error is the network's, and not the other end's.
+fn is_of_the_network(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind as Kind;
+    matches!(
+        kind,
+        Kind::TimedOut
+            | Kind::HostUnreachable
+            | Kind::NetworkUnreachable
+            | Kind::NetworkDown
+            | Kind::AddrNotAvailable
+    )
 }
 
 /// Writes a message, unless it is one that the broker has said it does not take.
@@ -759,6 +846,10 @@ fn write_checked(
 
 impl Drop for Link {
     fn drop(&mut self) {
+        // MQTT-22.
+        if self.is_open && self.is_closed && !self.blameless {
+            self.flow.closed(self.written);
+        }
         self.carry.lock().flow = std::mem::take(&mut self.flow);
     }
 }

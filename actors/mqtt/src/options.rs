@@ -247,13 +247,19 @@ martlet_core::transport_options! {
         "maxPacketBytes" max_packet_bytes: usize = 16 * 1024 * 1024, (usize) |bytes| bytes;
         /// Bytes of messages that may wait in this process while its handlers are at `maxInFlight`. A further
         /// message of quality of service 0 is dropped, counted and reported, because MQTT cannot slow its
-        /// publisher down; those of 1 and 2 are not acknowledged before they are taken, so that the broker's
-        /// window holds them. Default 16,777,216.
+        /// publisher down; beyond it, and one message of 1 or 2, the connection is not read, and the broker keeps
+        /// the rest. Only while subscriptions are unanswered, or while `highWaterBytes` of this end's own messages
+        /// wait for the broker, it is read on, because the answers come behind: by as many messages as the broker
+        /// sends unacknowledged (`receiveMaximum`). A message counts as its topic, payload and properties, and 128
+        /// bytes for itself and each user property. Default 16,777,216.
         "bufferedBytes" buffered_bytes: usize = 16 * 1024 * 1024, (usize) |bytes| bytes;
         /// Messages of quality of service 1 and 2 that may be published and not yet acknowledged by the broker;
         /// further ones wait, where they count towards `highWaterBytes`. An MQTT 5 broker's own bound holds, too.
         /// Default 100.
         "publishWindow" publish_window: u16 = 100, (u16) |messages| messages;
+        /// Whether cancelled calls are told to the handler's service, on topics below `_MARTLET/cancel`. Default
+        /// true.
+        "cancellation" cancellation: bool = true, (bool) |cancellation| cancellation;
     }
 
     /// The options of the serving side.

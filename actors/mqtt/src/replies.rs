@@ -165,6 +165,15 @@ impl Replies {
         true
     }
 
+    /// Nobody waits for a call any more. True if its request has been handed over to be published, and no reply has
+    /// ended it.
+    pub(crate) fn cancel(&mut self, id: &PacketId) -> bool {
+        let topic = self.pending.get(id).and_then(|key| self.topics.get(*key));
+        let is_published = topic.is_some_and(|topic| matches!(topic.state, State::Subscribed));
+        self.end(id);
+        is_published
+    }
+
     /// Whether a reply is to a call of this client, ended or not. Others share the reply topics.
     pub(crate) fn is_ours(&self, id: &PacketId) -> bool {
         self.prefix.is_some_and(|prefix| prefix == prefix_of(id))

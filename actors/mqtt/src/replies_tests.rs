@@ -50,6 +50,19 @@ async fn a_request_waits_for_its_reply_topic_and_later_ones_do_not() {
     assert!(!replies.is_ours(&PacketId::from_text(b"fffffff00000007000001").unwrap()));
 }
 
+/// MQTT-24.
+#[tokio::test(start_paused = true)]
+async fn what_was_not_published_or_has_its_reply_is_not_cancelled() {
+    let mut replies = Replies::new(Duration::from_secs(1));
+    let Next::Subscribe(key, _) = replies.request(id(1), message("a", 1)) else { panic!() };
+    replies.request(id(2), message("a", 2));
+    assert!(!replies.cancel(&id(1)));
+    assert_eq!(ids(replies.subscribed(key)), [id(2)]);
+    replies.request(id(3), message("a", 3));
+    assert!(replies.cancel(&id(2)) && !replies.cancel(&id(2)));
+    assert!(replies.end(&id(3)) && !replies.cancel(&id(3)));
+}
+
 /// MQTT-9.
 #[tokio::test(start_paused = true)]
 async fn a_reply_topic_is_given_up_when_nobody_has_used_it_for_long_enough() {

@@ -14,12 +14,15 @@ use martlet_core::Headers;
 use martlet_core::codec::Codec;
 use martlet_core::error::SessionError;
 use martlet_core::packet::IncomingPacket;
+use martlet_core::pattern::Route;
+use martlet_core::route::HandlerKind;
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Response, Role, Session,
     SessionReader, SessionWriter, Settlement, Subscription, Taken, WriteError,
 };
 use tokio::time::Sleep;
 
+use crate::cancel::{self, Cancellations};
 use crate::context::MqttContext;
 use crate::driver::{Publish, Refusal};
 use crate::flow::What;
@@ -46,6 +49,7 @@ pub(crate) struct Settings {
     pub(crate) shared_group: Option<String>,
     pub(crate) manual_acks: bool,
     pub(crate) max_connection_attempts: i32,
+    pub(crate) high_water_bytes: usize,
     pub(crate) user_properties: Headers,
     pub(crate) reply_idle: Duration,
     pub(crate) codec: Arc<dyn Codec>,
@@ -89,6 +93,7 @@ pub(crate) struct Shared {
     pub(crate) settings: Arc<Settings>,
     pub(crate) routes: Routes,
     replies: Replies,
+    cancellations: Cancellations,
     /// What the reader yields before the next message.
     ready: VecDeque<Inbound<MqttReplyTo>>,
     phase: Phase,
@@ -138,13 +143,14 @@ impl Shared {
             routes: Routes::new(settings.shared_group.clone()),
             replies: Replies::new(settings.reply_idle),
             settings,
+            cancellations: Cancellations::default(),
             ready: VecDeque::new(),
             phase: Phase::Open,
             scratch: BytesMut::new(),
         }
     }
 
-    /// Asks the broker for a route (MQTT-4).
+    /// Asks the broker for a route (MQTT-4), and for the cancellations of its requests.
     pub(crate) fn subscribe(&mut self, subscription: &Subscription) -> Result<(), String> {
         let route = &subscription.route;
         topics::check_filter(route)?;
@@ -159,7 +165,22 @@ impl Shared {
         let (filter, shared, identifier) = self.routes.add(route);
         // The protocol forbids it for shared subscriptions.
         options.nl &= !shared;
-        self.link.subscribe(&filter, options, identifier, Control::Route(route.clone()))
+        self.link.subscribe(&filter, options, identifier, Control::Route(route.clone()))?;
+        if subscription.kind == HandlerKind::Message
+            && self.settings.common.cancellation
+            && let Some(filter) = self.cancellations.add(route)
+        {
+            // MQTT-24.
+            self.link.subscribe(&filter, MqttSubscribeOptions::default(), None, Control::Cancel)?;
+        }
+        Ok(())
+    }
+
+    /// Takes back what `subscribe` asked for.
+    fn unsubscribe(&mut self, route: &Route) -> Result<(), String> {
+        let own = self.routes.remove(route);
+        let filters: Vec<String> = own.into_iter().chain(self.cancellations.remove(route)).collect();
+        if filters.is_empty() { Ok(()) } else { self.link.unsubscribe(filters) }
     }
 
     /// Writes the payload of a request or event into `scratch`.
@@ -215,6 +236,18 @@ impl Shared {
         }
     }
 
+    /// MQTT-24: nobody waits for a call any more; its handler is to hear of it.
+    fn cancel(&mut self, id: PacketId, route: &Route) -> Result<(), String> {
+        let is_published = self.replies.cancel(&id) && !self.link.flow.withdraw(id);
+        if !is_published || !self.settings.common.cancellation {
+            return Ok(());
+        }
+        self.scratch.clear();
+        self.scratch.extend_from_slice(&wire::raw_id(self.settings.codec.format(), &id));
+        let topic = [cancel::PREFIX.as_bytes(), route.as_bytes()];
+        self.link.publish(topic, &mut self.scratch, PublishOptions::default(), What::Unwatched).map(drop)
+    }
+
     fn respond(&mut self, response: &Response<MqttReplyTo>) -> Result<(), String> {
         let Response { reply_to: MqttReplyTo { topic: to, .. }, id, body, headers } = response;
         let options = match headers {
@@ -242,12 +275,22 @@ impl Shared {
             match signal {
                 Signal::Unsubscribed => {}
                 Signal::Report(reason) => self.report(reason),
-                Signal::Subscribed(Control::Gone | Control::Route(_), None) => {}
+                Signal::Subscribed(Control::Gone | Control::Route(_) | Control::Cancel, None) => {}
                 Signal::Subscribed(Control::Gone, Some(_)) => {}
                 Signal::Subscribed(Control::Route(route), Some(refusal)) => {
                     let reason = because(&refusal);
                     self.routes.remove(&route);
                     self.report(format!("pattern {route}: the broker refused the subscription: {reason}"));
+                }
+                // MQTT-24: served all the same. Said once.
+                Signal::Subscribed(Control::Cancel, Some(refusal)) => {
+                    if self.link.is_first_refusal() {
+                        let (topics, reason) = (cancel::PREFIX, because(&refusal));
+                        self.report(format!(
+                            "handlers do not hear of cancelled calls: the broker refused the subscription of topics below \
+                             {topics}: {reason}"
+                        ));
+                    }
                 }
                 Signal::Subscribed(Control::Reply(key), None) => {
                     for message in self.replies.subscribed(key) {
@@ -319,6 +362,11 @@ impl Shared {
         packet: &mut IncomingPacket,
     ) -> Option<Inbound<MqttReplyTo>> {
         let topic = std::str::from_utf8(&publish.topic).unwrap_or_default();
+        // MQTT-24: whatever subscription it came by.
+        if cancel::is_cancellation(topic) {
+            let wanted = self.settings.common.cancellation;
+            return wanted.then(|| Inbound::Cancel { id: publish.payload.into() });
+        }
         let identifiers =
             publish.properties.as_ref().map(|properties| properties.subscription_identifiers.as_slice());
         let (route, wild) = match self.routes.find(topic, identifiers.unwrap_or_default()) {
@@ -524,14 +572,8 @@ impl SessionWriter<MqttReplyTo> for MqttWriter {
             Outbound::Subscribe(subscription) => shared
                 .subscribe(&subscription)
                 .map_err(|reason| refused(format!("pattern {}: {reason}", subscription.route))),
-            Outbound::Unsubscribe(route) => match shared.routes.remove(&route) {
-                Some(filter) => shared.link.unsubscribe(vec![filter]).map_err(refused),
-                None => Ok(()),
-            },
-            Outbound::Cancel { id, .. } => {
-                shared.replies.end(&id);
-                Ok(())
-            }
+            Outbound::Unsubscribe(route) => shared.unsubscribe(&route).map_err(refused),
+            Outbound::Cancel { id, route } => shared.cancel(id, &route).map_err(refused),
             // Nothing else is ever asked of it.
             _ => Ok(()),
         }

@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use martlet_core::pattern::Route;
 
+use crate::cancel;
+
 /// What a reply topic ends with.
 pub(crate) const REPLY: &str = "/reply";
 
@@ -34,6 +36,9 @@ pub(crate) fn check_filter(route: &str) -> Result<(), String> {
         if own.is_empty() {
             return Err("a shared subscription is $share/<group>/<pattern>".to_owned());
         }
+    }
+    if cancel::is_cancellation(own) {
+        return Err(format!("topics below {} are for cancelled calls", cancel::PREFIX));
     }
     let last = own.split('/').count() - 1;
     for (index, level) in own.split('/').enumerate() {

@@ -105,6 +105,8 @@ fn what_cannot_be_a_topic_is_refused_with_the_reason() {
         "$share//a",
         "$share/g/",
         "$share/g+/a",
+        "_MARTLET/cancel/a",
+        "$share/g/_MARTLET/cancel/#",
     ] {
         assert!(check_filter(bad).is_err(), "{bad}");
     }

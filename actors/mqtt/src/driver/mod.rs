@@ -33,8 +33,17 @@ pub(crate) enum Incoming {
     SubAck(Ack),
     UnsubAck(u16),
     Pong,
-    /// The broker says goodbye, with a reason.
-    Disconnect(String),
+    /// The broker says goodbye.
+    Disconnect(Goodbye),
+}
+
+/// Why a broker ends a connection.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Goodbye {
+    /// In words.
+    pub(crate) reason: String,
+    /// Whether it may be over what it was sent.
+    pub(crate) over_us: bool,
 }
 
 /// An acknowledgement; with a reason if it is a refusal.
@@ -90,6 +99,36 @@ pub(crate) struct Publish {
     pub(crate) retain: bool,
     pub(crate) dup: bool,
     pub(crate) properties: Option<Box<PublishProperties>>,
+}
+
+/// What a message that waits costs beside its bytes, and each of its user properties.
+const OVERHEAD: usize = 128;
+
+impl Publish {
+    /// What it is counted as while it waits.
+    pub(crate) fn size(&self) -> usize {
+        let properties = self.properties.as_deref().map_or(0, |properties| {
+            let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+            let lines = properties.user_properties.iter();
+            OVERHEAD
+                + text(&properties.response_topic)
+                + text(&properties.content_type)
+                + properties.correlation_data.as_ref().map_or(0, Bytes::len)
+                + lines.map(|(name, value)| name.len() + value.len() + OVERHEAD).sum::<usize>()
+        });
+        self.topic.len() + self.payload.len() + OVERHEAD + properties
+    }
+
+    /// Lets go of the buffer that it was read into, unless it fills most of that.
+    pub(crate) fn detach(&mut self, buffer: usize) {
+        let correlation = self.properties.as_deref_mut().and_then(|it| it.correlation_data.as_mut());
+        if self.payload.len() + correlation.as_ref().map_or(0, |data| data.len()) >= buffer {
+            return;
+        }
+        for part in [&mut self.topic, &mut self.payload].into_iter().chain(correlation) {
+            *part = Bytes::copy_from_slice(part);
+        }
+    }
 }
 
 /// Why bytes are no packet.

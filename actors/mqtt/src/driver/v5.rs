@@ -3,13 +3,15 @@
 
 use bytes::{Bytes, BytesMut};
 use rumqttc_v5::mqttbytes::v5::{
-    Connect, ConnectAuth, ConnectProperties, ConnectReturnCode, LastWill, LastWillProperties, Packet,
-    PubAckReason, PubRecReason, RetainForwardRule, Subscribe, SubscribeFilter, SubscribeProperties,
-    SubscribeReasonCode, Unsubscribe,
+    Connect, ConnectAuth, ConnectProperties, ConnectReturnCode, DisconnectReasonCode, LastWill,
+    LastWillProperties, Packet, PubAckReason, PubRecReason, RetainForwardRule, Subscribe, SubscribeFilter,
+    SubscribeProperties, SubscribeReasonCode, Unsubscribe,
 };
 use rumqttc_v5::mqttbytes::{Error, QoS};
 
-use super::{Ack, ConnAck, ConnectRefusal, Filter, Incoming, Login, Publish, ReadError, Refusal, qos_of};
+use super::{
+    Ack, ConnAck, ConnectRefusal, Filter, Goodbye, Incoming, Login, Publish, ReadError, Refusal, qos_of,
+};
 use crate::options::{Common, MqttQos};
 
 /// How many unacknowledged messages a broker may send, unless the options say otherwise.
@@ -96,12 +98,33 @@ pub(super) fn read(input: &mut BytesMut, max_bytes: usize) -> Result<Incoming, R
         Packet::Disconnect(disconnect) => {
             let said = disconnect.properties.and_then(|properties| properties.reason_string);
             let reason = words(&disconnect.reason_code);
-            Incoming::Disconnect(said.map_or(reason.clone(), |said| format!("{reason}: {said}")))
+            Incoming::Disconnect(Goodbye {
+                reason: said.map_or(reason.clone(), |said| format!("{reason}: {said}")),
+                over_us: is_over_us(disconnect.reason_code),
+            })
         }
         other => {
             return Err(ReadError::Malformed(format!("a broker does not send {:?}", other.packet_type())));
         }
     })
+}
+
+/// Whether a broker may end the connection for this reason over a message.
+fn is_over_us(reason: DisconnectReasonCode) -> bool {
+    use DisconnectReasonCode as Code;
+    !matches!(
+        reason,
+        Code::NormalDisconnection
+            | Code::ServerBusy
+            | Code::ServerShuttingDown
+            | Code::KeepAliveTimeout
+            | Code::SessionTakenOver
+            | Code::AdministrativeAction
+            | Code::UseAnotherServer
+            | Code::ServerMoved
+            | Code::ConnectionRateExceeded
+            | Code::MaximumConnectTime
+    )
 }
 
 /// A refusal, read by hand for reasons that the driver does not know. (mosquitto answers a message beyond its

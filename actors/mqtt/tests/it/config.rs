@@ -19,6 +19,7 @@ fn options_have_nestjs_names() {
         "subscribeOptions": {"qos": 2, "nl": true, "rap": true, "rh": 1}, "sharedGroup": "g", "manualAcks": true,
         "onFailure": {"retry": {"attempts": 2, "then": "discard"}},
         "maxInFlight": 5, "highWaterBytes": 6, "maxPacketBytes": 7, "bufferedBytes": 8, "publishWindow": 9,
+        "cancellation": false,
     }))
     .unwrap();
     assert_eq!(options.protocol_version, 5);
@@ -31,6 +32,7 @@ fn options_have_nestjs_names() {
         options.on_failure.map(|policy: FailurePolicy| policy.last_resort()),
         Some(LastResort::Discard)
     );
+    assert!(!options.cancellation);
     let will = options.will.unwrap();
     assert_eq!(
         (will.topic.as_str(), will.qos, will.will_delay_interval),
@@ -57,6 +59,7 @@ fn the_defaults_are_those_of_nestjs() {
     assert_eq!(options.connect_timeout, Duration::from_secs(30));
     assert_eq!(options.max_connection_attempts, -1);
     assert_eq!(options.subscribe_options.qos, MqttQos::AtMostOnce);
+    assert!(options.cancellation);
     assert!(!options.manual_acks && options.shared_group.is_none() && options.will.is_none());
 }
 

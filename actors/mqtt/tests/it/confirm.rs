@@ -114,8 +114,9 @@ async fn an_event_stays_pending_over_a_lost_connection() {
     broker.stop();
 }
 
-/// What mosquitto refuses. With MQTT 3.1.1 it cannot say so: at quality of service 1 it acknowledges the message and
-/// drops it, at 2 it closes the connection, each time anew (MQTT-22).
+/// What mosquitto refuses. With MQTT 3.1.1 it cannot say so: it acknowledges the message and drops it. With
+/// `max_queued_messages 0` (as here) 2.0.11 closes the connection behind that, which at quality of service 2 is before
+/// the end of the exchange, each time anew (MQTT-22).
 #[actix::test]
 async fn an_event_that_the_broker_refuses_is_not_sent() {
     let mut acl = tempfile();
@@ -144,7 +145,9 @@ async fn an_event_that_the_broker_refuses_is_not_sent() {
         emit(&old, "open/a", 2, MqttQos::ExactlyOnce)
     );
     assert!(
-        matches!(&closed, Err(CallError::Lost { cause }) if cause.to_string().contains("10 connections have ended")),
+        matches!(&closed, Err(CallError::Lost { cause })
+            if cause.to_string().contains("the broker closed the connection 10 times after this message was sent")
+                && !cause.to_string().contains("refused")),
         "{closed:?}"
     );
     behind.unwrap();

@@ -37,6 +37,7 @@ impl Harness for Mqtt {
         let mut features = Features::default();
         // Nobody tells a publisher that there are no subscribers.
         features.says_nobody = false;
+        features.cancel = true;
         features.cuts = true;
         features.subscribes = true;
         features
@@ -76,15 +77,15 @@ impl Harness for Mqtt {
 
 mod json {
     use super::*;
-    martlet_testkit::conformance_tests!(Mqtt::new(JsonCodec, 4); core, metadata, cuts, subscribes);
+    martlet_testkit::conformance_tests!(Mqtt::new(JsonCodec, 4); core, metadata, cancel, cuts, subscribes);
 }
 
 mod json_mqtt_5 {
     use super::*;
-    martlet_testkit::conformance_tests!(Mqtt::new(JsonCodec, 5); core, metadata, cuts, subscribes);
+    martlet_testkit::conformance_tests!(Mqtt::new(JsonCodec, 5); core, metadata, cancel, cuts, subscribes);
 }
 
 mod message_pack {
     use super::*;
-    martlet_testkit::conformance_tests!(Mqtt::new(MessagePackCodec, 5); core, metadata, cuts, subscribes);
+    martlet_testkit::conformance_tests!(Mqtt::new(MessagePackCodec, 5); core, metadata, cancel, cuts, subscribes);
 }

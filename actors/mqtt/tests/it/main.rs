@@ -3,12 +3,15 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod bounds;
 mod calls;
+mod cancel;
 mod config;
 mod confirm;
 mod conformance;
 mod delivery;
 mod faults;
+mod given_up;
 mod messages;
 mod raw;
 mod storm;
