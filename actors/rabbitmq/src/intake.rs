@@ -63,6 +63,8 @@ pub(crate) struct Room {
 /// Messages that have arrived.
 struct Inbox {
     gate: Arc<Gate>,
+    /// The gate's bell, which the consumer rings.
+    ringing: Waker,
     /// `None` while there is none.
     consumer: Option<Consumer>,
     /// Whether messages are taken from the driver before handlers want them, and within which bounds.
@@ -95,6 +97,7 @@ impl Intake {
             tag: consumer.tag(),
             queue: consumer.queue(),
             inbox: Inbox {
+                ringing: Waker::from(Arc::clone(gate.bell())),
                 gate,
                 consumer: Some(consumer),
                 room,
@@ -320,18 +323,19 @@ impl Inbox {
 
     /// The next message from the driver; nothing once it has ended.
     fn poll_consumer(&mut self, cx: &mut Context<'_>) -> Result<Poll<Arrived>, SessionError> {
-        if let Some(consumer) = &mut self.consumer {
-            match consumer.poll_next_unpin(cx) {
+        while let Some(consumer) = &mut self.consumer {
+            match consumer.poll_next_unpin(&mut Context::from_waker(&self.ringing)) {
                 Poll::Ready(Some(Ok(arrived))) => {
                     self.gate.taken(arrived.data.len());
                     return Ok(Poll::Ready(arrived));
                 }
                 Poll::Ready(Some(Err(error))) => return Err(self.lost(&error)),
                 Poll::Ready(None) => self.consumer = None,
-                Poll::Pending => {}
+                Poll::Pending if self.gate.bell().listen(cx) => {}
+                Poll::Pending => break,
             }
         }
-        self.gate.empty(cx);
+        self.gate.empty();
         Ok(Poll::Pending)
     }
 

@@ -33,6 +33,7 @@
 #![warn(clippy::print_stdout)]
 
 mod address;
+mod bell;
 mod client;
 mod context;
 mod dial;
