@@ -134,7 +134,7 @@ impl RmqSession {
         let outcomes = Rc::<RefCell<VecDeque<Outcome>>>::default();
         let out = out(Rc::clone(&outcomes));
         let channel = Rc::new(channel);
-        let intake = Intake::new(Rc::clone(&channel), Arc::clone(&link.gate), consumer, settings.room());
+        let intake = Intake::new(&link, Rc::clone(&channel), consumer, settings.room());
         let shared = Shared {
             link,
             settings,

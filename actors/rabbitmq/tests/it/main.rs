@@ -9,6 +9,7 @@ mod conformance;
 mod faults;
 mod flood;
 mod messages;
+mod pauses;
 mod raw;
 mod storm;
 mod world;
