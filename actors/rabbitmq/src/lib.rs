@@ -34,6 +34,7 @@
 
 mod address;
 mod bell;
+mod cancel;
 mod client;
 mod context;
 mod dial;

@@ -259,6 +259,10 @@ martlet_core::transport_options! {
             (Map<String, Value>) |arguments| arguments;
         /// The key by which the queue is bound to the exchange. Default none.
         "routingKey" routing_key: Option<String> = None, (impl Into<String>) |key| Some(key.into());
+        /// Whether cancelled calls are told to the services that may have them, over the exchange `martlet.cancel`, which
+        /// both sides declare for it; each service also has a queue of its own there. Both must have it on. Without the
+        /// rights to it they do without, which is reported. Default false.
+        "cancellation" cancellation: bool = false, (bool) |cancellation| cancellation;
         /// Heartbeat and reconnecting. Default: every 5 seconds.
         "socketOptions" socket_options: RmqSocketOptions = RmqSocketOptions::new(),
             (RmqSocketOptions) |options| options;

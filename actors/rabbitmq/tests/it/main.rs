@@ -4,6 +4,7 @@
 
 mod acks;
 mod blocked;
+mod cancel;
 mod config;
 mod conformance;
 mod faults;
