@@ -204,7 +204,9 @@ async fn tell(
 /// Whether it would be refused again.
 fn is_refused(error: &lapin::Error) -> bool {
     match error.kind() {
-        ErrorKind::ProtocolError(said) => *said.kind() != AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND),
+        ErrorKind::ProtocolError(said) => {
+            matches!(said.kind(), AMQPErrorKind::Soft(soft) if *soft != AMQPSoftError::NOTFOUND)
+        }
         _ => false,
     }
 }
