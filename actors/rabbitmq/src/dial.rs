@@ -10,6 +10,7 @@ use martlet_core::settlement::Settles;
 use martlet_core::transport::{Dial, SessionPlan, TransportId, TransportInfo};
 
 use crate::address::{encoded, without_secrets};
+use crate::cancel::Hearing;
 use crate::intake::Room;
 use crate::link::{Link, Settings, Side};
 use crate::options::{RmqClientOptions, RmqServerOptions};
@@ -39,6 +40,7 @@ impl RmqDial {
             codec: Arc::clone(&options.codec),
             side,
             connected_before: AtomicBool::new(false),
+            deaf: AtomicBool::new(false),
         };
         Self { settings: Arc::new(settings), unusable: None }
     }
@@ -60,6 +62,7 @@ impl RmqDial {
             codec: Arc::clone(&options.codec),
             side,
             connected_before: AtomicBool::new(false),
+            deaf: AtomicBool::new(false),
         };
         Self { settings: Arc::new(settings), unusable }
     }
@@ -89,9 +92,12 @@ impl RmqDial {
                 // RMQ-12: replies have a channel of their own, whose loss does not end the consuming. It is opened first:
                 // once there is a consumer, the broker's answers come behind whatever waits in the queue.
                 let replies = link.channel().await?;
+                let hearing = Hearing::begin(&link.connection, &settings.common, &settings.deaf).await;
                 let (consumer, queue) = link.serve(settings, &channel, &plan.subscriptions).await?;
                 let serving = (queue, replies, plan.subscriptions.as_slice());
-                Ok(RmqSession::server(link, Arc::clone(settings), peer, channel, consumer, serving))
+                let session =
+                    RmqSession::server(link, Arc::clone(settings), peer, channel, consumer, serving);
+                Ok(session.hearing(hearing))
             }
             Side::Client { .. } => {
                 let consumer = link.call(settings, &channel).await?;

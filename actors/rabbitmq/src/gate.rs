@@ -23,6 +23,11 @@ use futures::io::{AsyncRead, AsyncWrite};
 use futures::stream::Stream;
 use futures::task::AtomicWaker;
 
+use crate::bell::Bell;
+
+/// How many bytes the driver reads before it looks at them: messages of one round wait for each other.
+const ROUND_BYTES: usize = 32 * 1024;
+
 /// The runtime that the driver is given: tokio, with gated sockets.
 pub(crate) type GatedRuntime = RuntimeParts<Tokio, GatedReactor>;
 
@@ -39,8 +44,8 @@ pub(crate) struct Gate {
     /// The driver's thread, when it may not read.
     socket: AtomicWaker,
     writer: AtomicWaker,
-    /// The session, when it waits for messages.
-    reader: AtomicWaker,
+    /// What wakes the session, when it waits for messages.
+    bell: Arc<Bell>,
 }
 
 impl Gate {
@@ -55,8 +60,13 @@ impl Gate {
             aborted: AtomicBool::new(false),
             socket: AtomicWaker::new(),
             writer: AtomicWaker::new(),
-            reader: AtomicWaker::new(),
+            bell: Arc::default(),
         })
+    }
+
+    /// What is rung for messages, and heard by the session.
+    pub(crate) fn bell(&self) -> &Arc<Bell> {
+        &self.bell
     }
 
     /// A message of so many bytes was taken.
@@ -74,12 +84,11 @@ impl Gate {
         }
     }
 
-    /// Nothing waits: the whole credit is there again. `cx` is woken when it is used up without a message.
-    pub(crate) fn empty(&self, cx: &mut Context<'_>) {
+    /// Nothing waits: the whole credit is there again. When it is used up without a message, the bell rings.
+    pub(crate) fn empty(&self) {
         if self.limit <= 0 {
             return;
         }
-        self.reader.register(cx.waker());
         self.credit.store(self.limit, Ordering::Release);
         self.open();
     }
@@ -89,7 +98,7 @@ impl Gate {
         if self.limit <= 0 {
             return None;
         }
-        self.reader.register(cx.waker());
+        self.bell.register(cx);
         self.closed.load(Ordering::Acquire).then(|| self.openings.load(Ordering::Acquire))
     }
 
@@ -125,7 +134,7 @@ impl Gate {
         }
         self.socket.register(waker);
         // The session may wait for the rest of a message that is larger than the credit.
-        self.reader.wake();
+        self.bell.wake();
         // It may have been opened meanwhile.
         if self.closed.load(Ordering::Acquire) {
             if credit() < self.limit / 2 {
@@ -196,7 +205,7 @@ impl Reactor for GatedReactor {
             if gate.is_aborted() {
                 return Err(ended());
             }
-            Ok(Gated { socket, gate })
+            Ok(Gated { socket, gate, round: 0, called: false })
         }
     }
 }
@@ -205,6 +214,23 @@ impl Reactor for GatedReactor {
 pub(crate) struct Gated {
     socket: <Tokio as Reactor>::TcpStream,
     gate: Arc<Gate>,
+    /// Bytes that were read since the driver was last told that there are no more.
+    round: usize,
+    /// Whether the driver has been called back since something was read.
+    called: bool,
+}
+
+impl Gated {
+    /// The driver flushes and writes before it reads, and never between reading and looking at it.
+    fn end_round(&mut self) {
+        self.gate.bell.done();
+    }
+}
+
+impl Drop for Gated {
+    fn drop(&mut self) {
+        self.end_round();
+    }
 }
 
 impl fmt::Debug for Gated {
@@ -223,16 +249,39 @@ impl AsyncRead for Gated {
         if self.gate.is_aborted() {
             return Poll::Ready(Err(ended()));
         }
-        let Some(left) = self.gate.allowance(cx.waker()) else { return Poll::Pending };
-        let allowed = left.min(buffer.len());
-        let read = std::task::ready!(Pin::new(&mut self.socket).poll_read(cx, &mut buffer[..allowed]))?;
-        self.gate.read(read);
-        Poll::Ready(Ok(read))
+        let left = ROUND_BYTES.saturating_sub(self.round);
+        let allowed = if left > 0 { self.gate.allowance(cx.waker()) } else { None };
+        let read = match allowed {
+            Some(allowed) => {
+                let size = allowed.min(left).min(buffer.len());
+                Pin::new(&mut self.socket).poll_read(cx, &mut buffer[..size])?
+            }
+            None => Poll::Pending,
+        };
+        match read {
+            Poll::Ready(read) => {
+                self.gate.read(read);
+                self.round += read;
+                self.called = false;
+                self.gate.bell.begin();
+                Poll::Ready(Ok(read))
+            }
+            Poll::Pending => {
+                self.round = 0;
+                if self.gate.bell.is_busy() && !self.called {
+                    // So that the driver comes by once more when it has looked at what it has read.
+                    self.called = true;
+                    cx.waker().wake_by_ref();
+                }
+                Poll::Pending
+            }
+        }
     }
 }
 
 impl AsyncWrite for Gated {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.end_round();
         self.gate.writer.register(cx.waker());
         if self.gate.is_aborted() {
             return Poll::Ready(Err(ended()));
@@ -245,6 +294,7 @@ impl AsyncWrite for Gated {
         cx: &mut Context<'_>,
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.end_round();
         self.gate.writer.register(cx.waker());
         if self.gate.is_aborted() {
             return Poll::Ready(Err(ended()));
@@ -253,15 +303,18 @@ impl AsyncWrite for Gated {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.end_round();
         Pin::new(&mut self.socket).poll_flush(cx)
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.end_round();
         Pin::new(&mut self.socket).poll_close(cx)
     }
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use std::task::Waker;
@@ -284,7 +337,7 @@ mod tests {
         gate.read(50);
         assert_eq!(gate.allowance(waker), None);
         assert!(gate.closing(cx).is_some_and(|second| Some(second) != first));
-        gate.empty(cx);
+        gate.empty();
         assert_eq!(gate.allowance(waker), Some(100));
     }
 
@@ -293,6 +346,92 @@ mod tests {
         let gate = Gate::new(100);
         gate.taken(1000);
         assert_eq!(gate.allowance(Waker::noop()), Some(100));
+    }
+
+    #[derive(Default)]
+    struct Counted(std::sync::atomic::AtomicUsize);
+
+    impl std::task::Wake for Counted {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    impl Counted {
+        fn take(&self) -> usize {
+            self.0.swap(0, Ordering::SeqCst)
+        }
+    }
+
+    /// A socket of a driver, and its other end.
+    async fn connected(gate: &Arc<Gate>) -> (Gated, tokio::net::TcpStream) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let reactor = GatedReactor { tokio: Tokio::current(), gate: Arc::clone(gate) };
+        let driver = reactor.tcp_connect_addr(listener.local_addr().unwrap()).await.unwrap();
+        (driver, listener.accept().await.unwrap().0)
+    }
+
+    /// What a driver has read before it looks at it.
+    async fn read(driver: &mut Gated, at_least: usize) -> usize {
+        let (mut buffer, mut bytes) = (vec![0; 1 << 20], 0);
+        while bytes < at_least {
+            bytes += futures::AsyncReadExt::read(driver, &mut buffer).await.unwrap();
+        }
+        bytes
+    }
+
+    #[actix::test]
+    async fn a_session_is_woken_when_the_driver_comes_by_after_what_it_has_read() {
+        let gate = Gate::new(0);
+        let (mut driver, mut broker) = connected(&gate).await;
+        let (thread, session) = (Arc::<Counted>::default(), Arc::<Counted>::default());
+        let (thread_waker, session_waker) =
+            (Waker::from(Arc::clone(&thread)), Waker::from(Arc::clone(&session)));
+        let cx = &mut Context::from_waker(&thread_waker);
+        let ringing = Waker::from(Arc::clone(gate.bell()));
+        gate.bell().listen(&mut Context::from_waker(&session_waker));
+        tokio::io::AsyncWriteExt::write_all(&mut broker, b"message").await.unwrap();
+        assert_eq!(read(&mut driver, 7).await, 7);
+        ringing.wake_by_ref();
+        assert_eq!(session.take(), 0);
+        // It is called back, once, or it would wait for more before it comes by.
+        for expected in [1, 0] {
+            assert!(Pin::new(&mut driver).poll_read(cx, &mut [0; 8]).is_pending());
+            assert_eq!((thread.take(), session.take()), (expected, 0));
+        }
+        assert!(Pin::new(&mut driver).poll_flush(cx).is_ready());
+        assert_eq!(session.take(), 1);
+        assert!(Pin::new(&mut driver).poll_read(cx, &mut [0; 8]).is_pending());
+        assert_eq!(thread.take(), 0);
+    }
+
+    #[actix::test]
+    async fn a_session_is_woken_when_the_driver_ends_in_the_middle() {
+        let gate = Gate::new(0);
+        let (mut driver, mut broker) = connected(&gate).await;
+        let session = Arc::<Counted>::default();
+        let session_waker = Waker::from(Arc::clone(&session));
+        gate.bell().listen(&mut Context::from_waker(&session_waker));
+        tokio::io::AsyncWriteExt::write_all(&mut broker, b"message").await.unwrap();
+        read(&mut driver, 7).await;
+        Waker::from(Arc::clone(gate.bell())).wake();
+        assert_eq!(session.take(), 0);
+        drop(driver);
+        assert_eq!(session.take(), 1);
+    }
+
+    #[actix::test]
+    async fn a_driver_looks_at_what_it_has_read_before_it_is_too_much() {
+        let gate = Gate::new(0);
+        let (mut driver, mut broker) = connected(&gate).await;
+        let thread = Arc::<Counted>::default();
+        let waker = Waker::from(Arc::clone(&thread));
+        tokio::io::AsyncWriteExt::write_all(&mut broker, &vec![0; ROUND_BYTES + 1]).await.unwrap();
+        assert_eq!(read(&mut driver, ROUND_BYTES).await, ROUND_BYTES);
+        let cx = &mut Context::from_waker(&waker);
+        assert!(Pin::new(&mut driver).poll_read(cx, &mut [0; 8]).is_pending());
+        assert_eq!(thread.take(), 1);
+        assert_eq!(read(&mut driver, 1).await, 1);
     }
 
     #[test]

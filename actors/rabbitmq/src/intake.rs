@@ -13,9 +13,13 @@
 //!
 //! What the broker had on its way when it heard of it waits in the backlog. A second consumer, which is given one
 //! message at most and hands it back, keeps the queue from going with its last consumer meanwhile.
+//!
+//! A broker that blocks publishing reads nothing, so it does not hear of it. Then just so much is read that it does not
+//! give up the session, until it reads again or the backlog is full.
 
 use std::collections::VecDeque;
-use std::pin::Pin;
+use std::future::Future;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -24,23 +28,36 @@ use std::time::Duration;
 use futures::future::LocalBoxFuture;
 use futures::{FutureExt, StreamExt};
 use lapin::message::Delivery as Arrived;
-use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions};
-use lapin::types::{FieldTable, ShortString};
-use lapin::{Channel, Consumer};
+use lapin::options::{
+    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
+};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{Channel, Connection, Consumer};
 use martlet_core::error::SessionError;
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Interval, Sleep, interval, sleep};
 
 use crate::gate::Gate;
-use crate::link::{ROUND_TRIP_LIMIT, lost};
+use crate::link::{Link, ROUND_TRIP_LIMIT, lost};
 
 /// How long nothing may be read: less than any heartbeat, long enough for handlers that are merely busy.
 const HOLD_LIMIT: Duration = Duration::from_millis(500);
+
+/// How long a message may stay with the consumer that keeps the queue: less than any `consumer_timeout` that brokers
+/// support, and than others on the queue should wait for it.
+const KEEP_LIMIT: Duration = Duration::from_secs(10);
+
+/// How often something is read of a broker that blocks. It gives up a peer that takes nothing for 15 s.
+const TRICKLE_EVERY: Duration = Duration::from_secs(1);
+
+/// How much of it at least: its system lets it write again when a good part of what it had written has been read.
+const TRICKLE_BYTES: usize = 256 * 1024;
 
 /// About what a message takes besides its body.
 const MESSAGE_BYTES: usize = 256;
 
 /// The messages of one session.
 pub(crate) struct Intake {
+    connection: Arc<Connection>,
     channel: Rc<Channel>,
     inbox: Inbox,
     tag: ShortString,
@@ -49,6 +66,8 @@ pub(crate) struct Intake {
     draining: bool,
     /// Since which closing of the gate it is waited for, and for how long.
     held: Option<(u64, Pin<Box<Sleep>>)>,
+    /// How long a broker is waited for that does not answer while the session ends.
+    limit: Option<Pin<Box<Sleep>>>,
 }
 
 /// Bounds of what waits in a session.
@@ -63,12 +82,16 @@ pub(crate) struct Room {
 /// Messages that have arrived.
 struct Inbox {
     gate: Arc<Gate>,
+    /// The gate's bell, which the consumer rings.
+    ringing: Waker,
     /// `None` while there is none.
     consumer: Option<Consumer>,
     /// Whether messages are taken from the driver before handlers want them, and within which bounds.
     room: Option<Room>,
     backlog: VecDeque<Arrived>,
     backlog_bytes: usize,
+    /// While the broker blocks: when more may be taken, and how many bytes may be before.
+    trickle: Option<(Interval, usize)>,
     dropped: u64,
     dropped_reported: u64,
 }
@@ -76,36 +99,44 @@ struct Inbox {
 enum Flow {
     Consuming,
     Pausing(LocalBoxFuture<'static, Result<Consumer, lapin::Error>>),
-    /// With the consumer that keeps the queue.
-    Paused(Consumer),
+    Paused(Keeper),
     Resuming(LocalBoxFuture<'static, Result<Consumer, lapin::Error>>),
-    Stopping {
-        cancelled: LocalBoxFuture<'static, ()>,
-        limit: Pin<Box<Sleep>>,
-    },
+    Stopping(LocalBoxFuture<'static, ()>),
     /// What waits here is all there is.
     Stopped,
 }
 
+/// The consumer that keeps the queue.
+struct Keeper {
+    consumer: Consumer,
+    /// What it was given, and how long that may stay.
+    kept: Option<(Box<Arrived>, Pin<Box<Sleep>>)>,
+}
+
 impl Intake {
     /// Takes what a consumer brings; with `room`, without acknowledgement.
-    pub(crate) fn new(channel: Rc<Channel>, gate: Arc<Gate>, consumer: Consumer, room: Option<Room>) -> Self {
+    pub(crate) fn new(link: &Link, channel: Rc<Channel>, consumer: Consumer, room: Option<Room>) -> Self {
+        let gate = Arc::clone(&link.gate);
         Self {
+            connection: Arc::clone(&link.connection),
             channel,
             tag: consumer.tag(),
             queue: consumer.queue(),
             inbox: Inbox {
+                ringing: Waker::from(Arc::clone(gate.bell())),
                 gate,
                 consumer: Some(consumer),
                 room,
                 backlog: VecDeque::new(),
                 backlog_bytes: 0,
+                trickle: None,
                 dropped: 0,
                 dropped_reported: 0,
             },
             flow: Flow::Consuming,
             draining: false,
             held: None,
+            limit: None,
         }
     }
 
@@ -159,6 +190,10 @@ impl Intake {
     /// Does what is to be done whether or not messages are taken; to be called once a turn.
     pub(crate) fn tend(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
         loop {
+            if self.gives_up(cx) {
+                self.absorb(cx)?;
+                self.flow = Flow::Stopped;
+            }
             match &mut self.flow {
                 Flow::Consuming if self.draining => self.flow = self.stop(),
                 Flow::Consuming => {
@@ -169,31 +204,29 @@ impl Intake {
                 }
                 Flow::Pausing(pausing) => {
                     let paused = pausing.as_mut().poll(cx);
-                    self.inbox.absorb(cx)?;
-                    let Poll::Ready(keeper) = paused else { return Ok(()) };
-                    self.flow = Flow::Paused(keeper.map_err(|error| self.inbox.lost(&error))?);
+                    self.absorb(cx)?;
+                    let Poll::Ready(consumer) = paused else { return Ok(()) };
+                    let consumer = consumer.map_err(|error| self.inbox.lost(&error))?;
+                    self.flow = Flow::Paused(Keeper { consumer, kept: None });
                 }
                 Flow::Paused(keeper) => {
                     self.inbox.absorb(cx)?;
-                    while let Poll::Ready(kept) = keeper.poll_next_unpin(cx) {
-                        match kept {
-                            // It goes back to the queue.
-                            Some(Ok(_)) => {}
-                            Some(Err(error)) => return Err(self.inbox.lost(&error)),
-                            None => return Err(deleted()),
-                        }
-                    }
+                    keeper.poll(&self.channel, &mut self.inbox, cx)?;
                     if self.inbox.consumer.is_some() {
                         return Ok(());
                     }
-                    if self.draining {
-                        self.flow = Flow::Stopped;
-                    } else if self.inbox.has_room() {
-                        let tag = keeper.tag();
-                        self.flow = Flow::Resuming(self.resume(tag));
-                    } else {
+                    if !self.draining && !self.inbox.has_room() {
                         return Ok(());
                     }
+                    let tag = keeper.consumer.tag();
+                    let counted = keeper.take_counted(&mut self.inbox);
+                    self.flow = match self.draining {
+                        true => {
+                            self.release(tag, counted);
+                            Flow::Stopped
+                        }
+                        false => Flow::Resuming(self.resume(tag, counted)),
+                    };
                 }
                 Flow::Resuming(resuming) => {
                     let Poll::Ready(consumer) = resuming.as_mut().poll(cx) else { return Ok(()) };
@@ -202,17 +235,33 @@ impl Intake {
                     self.inbox.consumer = Some(consumer);
                     self.flow = Flow::Consuming;
                 }
-                Flow::Stopping { cancelled, limit } => {
-                    // A broker that does not answer is not waited for for ever.
-                    let done = cancelled.as_mut().poll(cx).is_ready() || limit.as_mut().poll(cx).is_ready();
-                    self.inbox.absorb(cx)?;
-                    if !done {
+                Flow::Stopping(cancelled) => {
+                    let cancelled = cancelled.as_mut().poll(cx);
+                    self.absorb(cx)?;
+                    if cancelled.is_pending() {
                         return Ok(());
                     }
                     self.flow = Flow::Stopped;
                 }
                 Flow::Stopped => return Ok(()),
             }
+        }
+    }
+
+    /// Whether the broker is not waited for any longer: it does not answer, and the session ends.
+    fn gives_up(&mut self, cx: &mut Context<'_>) -> bool {
+        if !self.draining || matches!(self.flow, Flow::Stopped) {
+            return false;
+        }
+        let limit = self.limit.get_or_insert_with(|| Box::pin(sleep(ROUND_TRIP_LIMIT)));
+        limit.as_mut().poll(cx).is_ready()
+    }
+
+    /// Takes what has arrived into the backlog while the broker is asked for something.
+    fn absorb(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
+        match self.connection.status().blocked() {
+            true => self.inbox.trickle(cx),
+            false => self.inbox.absorb(cx),
         }
     }
 
@@ -252,8 +301,12 @@ impl Intake {
         .boxed_local()
     }
 
-    /// Consumes again; then the keeper goes, and what it was given is handed back.
-    fn resume(&mut self, keeper: ShortString) -> LocalBoxFuture<'static, Result<Consumer, lapin::Error>> {
+    /// Consumes again; then the keeper goes.
+    fn resume(
+        &mut self,
+        keeper: ShortString,
+        counted: Option<u64>,
+    ) -> LocalBoxFuture<'static, Result<Consumer, lapin::Error>> {
         let (queue, tag) = (self.queue.clone(), self.tag.clone());
         let channel = Rc::clone(&self.channel);
         let mut consuming = async move {
@@ -261,23 +314,24 @@ impl Intake {
             channel.basic_consume(queue, tag, options, FieldTable::default()).await
         }
         .boxed_local();
-        let channel = Rc::clone(&self.channel);
-        let mut keeping = async move {
-            // Errors mean that the channel is gone, which consuming says.
-            let all = BasicNackOptions { multiple: true, requeue: true };
-            let cancel = channel.basic_cancel(keeper, BasicCancelOptions::default());
-            let _ = futures::join!(cancel, channel.basic_nack(0, all));
-        }
-        .boxed_local();
         // The first poll hands over: in this order, so that the queue is never without a consumer. The keeper's end
         // is not waited for, it comes behind messages that may fill the gate.
-        let nobody = &mut Context::from_waker(Waker::noop());
-        let consuming = match consuming.as_mut().poll(nobody) {
+        let consuming = match consuming.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Pending => consuming,
             Poll::Ready(done) => std::future::ready(done).boxed_local(),
         };
-        let _ = keeping.as_mut().poll(nobody);
+        self.release(keeper, counted);
         consuming
+    }
+
+    /// Ends the keeper, which is given nothing more then; what it was given and has not been taken is handed back.
+    fn release(&self, keeper: ShortString, counted: Option<u64>) {
+        let channel = &self.channel;
+        hand_over(channel.basic_cancel(keeper, BasicCancelOptions::default()));
+        match counted {
+            Some(tag) => hand_over(channel.basic_ack(tag, BasicAckOptions::default())),
+            None => hand_over(channel.basic_nack(0, BasicNackOptions { multiple: true, requeue: true })),
+        }
     }
 
     fn stop(&self) -> Flow {
@@ -286,7 +340,7 @@ impl Intake {
             // An error means that the consumer has ended already.
             let _ = channel.basic_cancel(tag, BasicCancelOptions::default()).await;
         };
-        Flow::Stopping { cancelled: cancelled.boxed_local(), limit: Box::pin(sleep(ROUND_TRIP_LIMIT)) }
+        Flow::Stopping(cancelled.boxed_local())
     }
 }
 
@@ -296,6 +350,68 @@ fn deleted() -> SessionError {
 
 fn cost(arrived: &Arrived) -> usize {
     arrived.data.len() + MESSAGE_BYTES
+}
+
+impl Keeper {
+    /// Takes what it is given, and gives that back in time.
+    fn poll(
+        &mut self,
+        channel: &Channel,
+        inbox: &mut Inbox,
+        cx: &mut Context<'_>,
+    ) -> Result<(), SessionError> {
+        loop {
+            if let Some((_, limit)) = &mut self.kept
+                && limit.as_mut().poll(cx).is_ready()
+            {
+                if let Some(tag) = self.take_counted(inbox) {
+                    hand_over(channel.basic_ack(tag, BasicAckOptions::default()));
+                } else if let Some((kept, _)) = self.kept.take() {
+                    let requeue = BasicNackOptions { multiple: false, requeue: true };
+                    hand_over(channel.basic_nack(kept.delivery_tag, requeue));
+                }
+            }
+            match self.consumer.poll_next_unpin(cx) {
+                Poll::Ready(Some(Ok(kept))) => {
+                    self.kept = Some((Box::new(kept), Box::pin(sleep(KEEP_LIMIT))));
+                }
+                Poll::Ready(Some(Err(error))) => return Err(inbox.lost(&error)),
+                Poll::Ready(None) => return Err(deleted()),
+                Poll::Pending => return Ok(()),
+            }
+        }
+    }
+
+    /// RMQ-19: a queue that counts how often a message comes back would refuse it some day. One that came back before is
+    /// taken as if it had come without acknowledgement, and is to be acknowledged.
+    fn take_counted(&mut self, inbox: &mut Inbox) -> Option<u64> {
+        let (kept, _) =
+            self.kept.take_if(|(kept, _)| is_counted(kept) && inbox.has_backlog_for(cost(kept)))?;
+        let tag = kept.delivery_tag;
+        inbox.push(*kept);
+        Some(tag)
+    }
+}
+
+/// Tells the broker something: the first poll does. An error means that the channel is gone, which consuming says.
+fn hand_over(told: impl Future<Output = lapin::Result<()>>) {
+    let _ = pin!(told).poll(&mut Context::from_waker(Waker::noop()));
+}
+
+/// Whether its queue counts how often it came back, and has begun to.
+fn is_counted(arrived: &Arrived) -> bool {
+    let headers = arrived.properties.headers().as_ref();
+    let count = headers.and_then(|headers| headers.inner().get("x-delivery-count"));
+    count.is_some_and(|count| match count {
+        AMQPValue::LongLongInt(count) => *count > 0,
+        AMQPValue::LongInt(count) => *count > 0,
+        AMQPValue::LongUInt(count) => *count > 0,
+        AMQPValue::ShortInt(count) => *count > 0,
+        AMQPValue::ShortUInt(count) => *count > 0,
+        AMQPValue::ShortShortInt(count) => *count > 0,
+        AMQPValue::ShortShortUInt(count) => *count > 0,
+        _ => false,
+    })
 }
 
 impl Inbox {
@@ -320,33 +436,66 @@ impl Inbox {
 
     /// The next message from the driver; nothing once it has ended.
     fn poll_consumer(&mut self, cx: &mut Context<'_>) -> Result<Poll<Arrived>, SessionError> {
-        if let Some(consumer) = &mut self.consumer {
-            match consumer.poll_next_unpin(cx) {
+        while let Some(consumer) = &mut self.consumer {
+            match consumer.poll_next_unpin(&mut Context::from_waker(&self.ringing)) {
                 Poll::Ready(Some(Ok(arrived))) => {
                     self.gate.taken(arrived.data.len());
                     return Ok(Poll::Ready(arrived));
                 }
                 Poll::Ready(Some(Err(error))) => return Err(self.lost(&error)),
                 Poll::Ready(None) => self.consumer = None,
-                Poll::Pending => {}
+                Poll::Pending if self.gate.bell().listen(cx) => {}
+                Poll::Pending => break,
             }
         }
-        self.gate.empty(cx);
+        self.gate.empty();
         Ok(Poll::Pending)
+    }
+
+    /// Whether so many bytes more may wait here.
+    fn has_backlog_for(&self, bytes: usize) -> bool {
+        self.room.is_some_and(|room| self.backlog_bytes + bytes <= room.backlog_bytes)
+    }
+
+    fn push(&mut self, arrived: Arrived) {
+        self.backlog_bytes += cost(&arrived);
+        self.backlog.push_back(arrived);
     }
 
     /// Takes what has arrived into the backlog, so that the driver reads on.
     fn absorb(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
-        let Some(room) = self.room else { return Ok(()) };
+        self.trickle = None;
+        if self.room.is_none() {
+            return Ok(());
+        }
         while let Poll::Ready(arrived) = self.poll_consumer(cx)? {
-            let cost = cost(&arrived);
-            if self.backlog_bytes + cost > room.backlog_bytes {
+            if self.has_backlog_for(cost(&arrived)) {
+                self.push(arrived);
+            } else {
                 self.dropped += 1;
-                continue;
             }
-            self.backlog_bytes += cost;
-            self.backlog.push_back(arrived);
         }
         Ok(())
+    }
+
+    /// Takes so little into the backlog that it lasts, and so much that the broker sees somebody reading: within four
+    /// turns the driver reads on. Nothing is dropped: with the backlog full, nothing is taken.
+    fn trickle(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
+        let Some(room) = self.room else { return Ok(()) };
+        loop {
+            let (ticks, left) = self.trickle.get_or_insert_with(|| (interval(TRICKLE_EVERY), 0));
+            while ticks.poll_tick(cx).is_ready() {
+                *left = (room.buffer_bytes / 4).max(TRICKLE_BYTES);
+            }
+            if *left == 0 || self.backlog_bytes >= room.backlog_bytes {
+                return Ok(());
+            }
+            let left = *left;
+            let Poll::Ready(arrived) = self.poll_consumer(cx)? else { return Ok(()) };
+            if let Some((_, rest)) = &mut self.trickle {
+                *rest = left.saturating_sub(cost(&arrived));
+            }
+            self.push(arrived);
+        }
     }
 }

@@ -33,6 +33,8 @@
 #![warn(clippy::print_stdout)]
 
 mod address;
+mod bell;
+mod cancel;
 mod client;
 mod context;
 mod dial;

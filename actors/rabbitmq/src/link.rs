@@ -38,6 +38,8 @@ pub(crate) struct Settings {
     pub(crate) side: Side,
     /// Whether there has been a session.
     pub(crate) connected_before: AtomicBool,
+    /// Whether it has been said that cancellations cannot be heard of.
+    pub(crate) deaf: AtomicBool,
 }
 
 /// What only one side needs.

@@ -259,6 +259,10 @@ martlet_core::transport_options! {
             (Map<String, Value>) |arguments| arguments;
         /// The key by which the queue is bound to the exchange. Default none.
         "routingKey" routing_key: Option<String> = None, (impl Into<String>) |key| Some(key.into());
+        /// Whether cancelled calls are told to the services that may have them, over the exchange `martlet.cancel`, which
+        /// both sides declare for it; each service also has a queue of its own there. Both must have it on. Without the
+        /// rights to it they do without, which is reported. Default false.
+        "cancellation" cancellation: bool = false, (bool) |cancellation| cancellation;
         /// Heartbeat and reconnecting. Default: every 5 seconds.
         "socketOptions" socket_options: RmqSocketOptions = RmqSocketOptions::new(),
             (RmqSocketOptions) |options| options;
@@ -308,8 +312,8 @@ martlet_core::transport_options! {
         /// room again; either way the broker keeps what it has. Default 1,048,576.
         "receiveBufferBytes" receive_buffer_bytes: usize = 1024 * 1024, (usize) |bytes| bytes;
         /// With `noAck` true: bytes of messages that the broker had on their way when the consumer was cancelled (some
-        /// 200 messages, and what the sockets hold). A message beyond is dropped, counted and reported. Default
-        /// 67,108,864.
+        /// 200 messages, and what the sockets hold). A message beyond is dropped, counted and reported; of a broker that
+        /// blocks publishing nothing beyond is read. Default 67,108,864.
         "backlogBytes" backlog_bytes: usize = 64 * 1024 * 1024, (usize) |bytes| bytes;
         /// Bytes of replies that may wait before reading pauses. Default 262,144.
         "highWaterBytes" high_water_bytes: usize = 256 * 1024, (usize) |bytes| bytes;

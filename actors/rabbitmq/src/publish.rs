@@ -188,6 +188,14 @@ impl Confirmed {
         self.queue.push_back((message, what));
     }
 
+    /// Takes a request back; false if it is on its way.
+    pub(crate) fn withdraw(&mut self, id: &PacketId) -> bool {
+        let found = self.queue.iter().position(|(_, what)| matches!(what, What::Request(have) if have == id));
+        let Some((message, _)) = found.and_then(|at| self.queue.remove(at)) else { return false };
+        self.queued_bytes -= message.size();
+        true
+    }
+
     pub(crate) fn pending_bytes(&self) -> usize {
         self.queued_bytes + self.writing_bytes
     }

@@ -23,6 +23,7 @@ use martlet_core::transport::{
     SessionReader, SessionWriter, Settlement, Subscription, Taken, WriteError,
 };
 
+use crate::cancel::{Hearing, Telling};
 use crate::context::RmqContext;
 use crate::intake::Intake;
 use crate::link::{self, Link, ROUND_TRIP_LIMIT, Settings, Side, lost};
@@ -74,6 +75,7 @@ impl Drop for Shared {
 pub struct RmqSession {
     shared: Rc<Shared>,
     out: Out,
+    hearing: Option<Hearing>,
     queue: ShortString,
     peer: Arc<str>,
 }
@@ -133,7 +135,7 @@ impl RmqSession {
         let outcomes = Rc::<RefCell<VecDeque<Outcome>>>::default();
         let out = out(Rc::clone(&outcomes));
         let channel = Rc::new(channel);
-        let intake = Intake::new(Rc::clone(&channel), Arc::clone(&link.gate), consumer, settings.room());
+        let intake = Intake::new(&link, Rc::clone(&channel), consumer, settings.room());
         let shared = Shared {
             link,
             settings,
@@ -144,7 +146,13 @@ impl RmqSession {
             outcomes,
             reports: RefCell::default(),
         };
-        Self { shared: Rc::new(shared), out, queue, peer }
+        Self { shared: Rc::new(shared), out, hearing: None, queue, peer }
+    }
+
+    /// With what is heard of cancelled calls, and what is to be reported of it.
+    pub(crate) fn hearing(self, (hearing, report): (Option<Hearing>, Option<String>)) -> Self {
+        report.into_iter().for_each(|report| self.shared.report(report));
+        Self { hearing, ..self }
     }
 }
 
@@ -162,9 +170,10 @@ impl Session for RmqSession {
     }
 
     fn split(self) -> (RmqReader, RmqWriter) {
-        let Self { shared, out, queue, .. } = self;
+        let Self { shared, out, hearing, queue, .. } = self;
         let reader = RmqReader {
             events: shared.link.connection.events_listener().boxed(),
+            hearing,
             shared: Rc::clone(&shared),
         };
         let writer = RmqWriter::new(shared, out, queue);
@@ -178,6 +187,8 @@ impl Session for RmqSession {
 pub struct RmqReader {
     shared: Rc<Shared>,
     events: BoxStream<'static, Event>,
+    /// With the option `cancellation`.
+    hearing: Option<Hearing>,
 }
 
 impl std::fmt::Debug for RmqReader {
@@ -205,6 +216,20 @@ impl RmqReader {
             }
         }
         Ok(())
+    }
+
+    /// RMQ-20: the next request that nobody waits for.
+    fn poll_cancelled(&mut self, cx: &mut Context<'_>) -> Option<Inbound<RmqReplyTo>> {
+        match self.hearing.as_mut()?.poll_next(cx) {
+            Poll::Pending => None,
+            Poll::Ready(Some(id)) => Some(Inbound::Cancel { id: id.into() }),
+            Poll::Ready(None) => {
+                self.hearing = None;
+                let reason = "cancelled calls are no more heard of in this session".to_owned();
+                // The reader sees a connection that is lost.
+                self.shared.link.connection.status().connected().then_some(Inbound::Bad { reason })
+            }
+        }
     }
 
     fn deliver(&mut self, arrived: Arrived, packet: &mut IncomingPacket) -> Inbound<RmqReplyTo> {
@@ -300,6 +325,9 @@ impl SessionReader<RmqReplyTo> for RmqReader {
             if let Some(reason) = report.or_else(|| self.shared.intake.borrow_mut().take_dropped()) {
                 return Poll::Ready(Some(Ok(Inbound::Bad { reason })));
             }
+            if let Some(cancelled) = self.poll_cancelled(cx) {
+                return Poll::Ready(Some(Ok(cancelled)));
+            }
             let arrived = self.shared.intake.borrow_mut().poll_next(cx)?;
             match arrived {
                 Poll::Ready(Some(arrived)) => {
@@ -344,6 +372,8 @@ type Opening = LocalBoxFuture<'static, Result<Channel, lapin::Error>>;
 pub struct RmqWriter {
     shared: Rc<Shared>,
     out: Out,
+    /// A client's, with the option `cancellation`.
+    telling: Option<Telling>,
     queue: ShortString,
     buffer: BytesMut,
     limits: Limits,
@@ -387,6 +417,10 @@ impl RmqWriter {
                 (wire::base_properties(headers, Some(*persistent)), short(reply_queue))
             }
         };
+        let telling = match out {
+            Out::Client(_) => Telling::new(&shared.link.connection, common),
+            Out::Server(_) => None,
+        };
         let mut limits = shared.settings.limits();
         // Headers and properties are one frame.
         let frame = shared.link.connection.configuration().frame_max() as usize;
@@ -395,6 +429,7 @@ impl RmqWriter {
             limits,
             shared,
             out,
+            telling,
             queue,
             buffer: BytesMut::new(),
             exchange,
@@ -617,7 +652,17 @@ impl SessionWriter<RmqReplyTo> for RmqWriter {
                 }
                 Ok(())
             }
-            // There is no way to tell the one service that has the request.
+            Outbound::Cancel { id, .. } => {
+                let Out::Client(out) = &mut self.out else { return Ok(()) };
+                // RMQ-20: what has not left yet need not.
+                if !out.withdraw(&id)
+                    && let Some(telling) = &mut self.telling
+                {
+                    let format = self.shared.settings.codec.format();
+                    telling.push(wire::raw_id(format, id.as_str()).to_vec().into());
+                }
+                Ok(())
+            }
             _ => Ok(()),
         }
     }
@@ -635,6 +680,10 @@ impl SessionWriter<RmqReplyTo> for RmqWriter {
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {
         self.shared.intake.borrow_mut().tend(cx)?;
+        if let Some(report) = self.telling.as_mut().and_then(|telling| telling.poll(cx)) {
+            self.shared.report(report);
+            cx.waker().wake_by_ref();
+        }
         self.write_settled(cx);
         let chores = self.poll_chores(cx)?;
         let settled = self.poll_settled(cx);

@@ -21,7 +21,7 @@ fn options_have_nestjs_names() {
             "arguments": {"x-queue-type": "classic"}, "noAssert": false,
         },
         "socketOptions": {"heartbeatIntervalInSeconds": 60, "reconnectTimeInSeconds": 5},
-        "noAssert": true, "wildcards": true, "exchange": "e", "exchangeType": "headers",
+        "noAssert": true, "wildcards": true, "cancellation": true, "exchange": "e", "exchangeType": "headers",
         "exchangeArguments": {"k": "v"}, "routingKey": "rk", "maxConnectionAttempts": 3,
         "onFailure": {"retry": {"attempts": 2, "then": "deadLetter"}}, "maxInFlight": 7, "tls": {"caFile": "ca.pem"},
     }))
@@ -32,6 +32,7 @@ fn options_have_nestjs_names() {
     assert_eq!(options.queue_options.dead_letter_exchange.as_deref(), Some("dlx"));
     assert_eq!(options.exchange_type, RmqExchangeType::Headers);
     assert_eq!(options.socket_options.heartbeat_interval, Duration::from_secs(60));
+    assert!(options.cancellation);
     assert!(matches!(options.on_failure, Some(FailurePolicy::Retry(policy)) if policy.attempts == 2));
     let options: RmqClientOptions = serde_json::from_value(json!({
         "urls": "amqp://a, amqp://b", "queue": "q", "headers": {"x": "1"}, "replyQueue": "r", "persistent": true,
@@ -49,7 +50,7 @@ fn the_defaults_are_nestjs_own() {
     let options: RmqServerOptions = serde_json::from_value(json!({})).unwrap();
     assert_eq!((options.urls, options.queue.as_str()), (vec!["amqp://localhost".to_owned()], ""));
     assert_eq!((options.prefetch_count, options.is_global_prefetch_count), (0, false));
-    assert!(options.no_ack && !options.no_assert && !options.wildcards);
+    assert!(options.no_ack && !options.no_assert && !options.wildcards && !options.cancellation);
     assert_eq!(options.queue_options, RmqQueueOptions::new());
     assert!(options.queue_options.durable && !options.queue_options.exclusive);
     assert_eq!(options.exchange_type, RmqExchangeType::Topic);

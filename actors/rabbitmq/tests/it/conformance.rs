@@ -38,6 +38,10 @@ impl Rmq {
         Self { codec: Arc::new(codec), mode, relay, cut: None, cuts: 0, _broker: broker }
     }
 
+    fn cancellation(&self) -> bool {
+        self.mode != Mode::Plain
+    }
+
     fn address(&self) -> [String; 1] {
         [format!("amqp://127.0.0.1:{}", self.relay.port())]
     }
@@ -48,6 +52,7 @@ impl Harness for Rmq {
         let mut features = Features::default();
         features.cuts = true;
         features.subscribes = true;
+        features.cancel = self.cancellation();
         features
     }
 
@@ -56,6 +61,7 @@ impl Harness for Rmq {
             .urls(self.address())
             .queue(unique("conformance"))
             .wildcards(self.mode == Mode::Wildcards)
+            .cancellation(self.cancellation())
             .max_in_flight(options.max_in_flight)
             .codec(Arc::clone(&self.codec));
         if self.mode == Mode::Acknowledged {
@@ -74,6 +80,7 @@ impl Harness for Rmq {
             .urls(self.address())
             .queue(queue)
             .wildcards(self.mode == Mode::Wildcards)
+            .cancellation(self.cancellation())
             .codec(Arc::clone(&self.codec))
             .reconnect(options.reconnect)
             .socket_options(RmqSocketOptions::new().reconnect_time(options.retry_delay.min))
@@ -110,10 +117,10 @@ mod message_pack {
 
 mod acknowledged {
     use super::*;
-    martlet_testkit::conformance_tests!(Rmq::new(JsonCodec, Mode::Acknowledged); core, metadata, cuts, subscribes);
+    martlet_testkit::conformance_tests!(Rmq::new(JsonCodec, Mode::Acknowledged); core, metadata, cancel, cuts, subscribes);
 }
 
 mod wildcards {
     use super::*;
-    martlet_testkit::conformance_tests!(Rmq::new(JsonCodec, Mode::Wildcards); core, metadata, cuts, subscribes);
+    martlet_testkit::conformance_tests!(Rmq::new(JsonCodec, Mode::Wildcards); core, metadata, cancel, cuts, subscribes);
 }

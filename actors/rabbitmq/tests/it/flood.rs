@@ -26,7 +26,7 @@ fn quick() -> RmqSocketOptions {
 }
 
 /// Handles `evt` once it is open, and says how many it has handled.
-fn gated() -> (HandlerGroup, Arc<AtomicU64>, Arc<AtomicBool>) {
+pub(crate) fn gated() -> (HandlerGroup, Arc<AtomicU64>, Arc<AtomicBool>) {
     let (handled, open) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
     let (count, gate) = (Arc::clone(&handled), Arc::clone(&open));
     let group = event("evt", move || {
@@ -42,7 +42,7 @@ fn gated() -> (HandlerGroup, Arc<AtomicU64>, Arc<AtomicBool>) {
     (group, handled, open)
 }
 
-async fn publish(client: &martlet_core::ClientProxy, messages: u64, bytes: usize) {
+pub(crate) async fn publish(client: &martlet_core::ClientProxy, messages: u64, bytes: usize) {
     let payload = "x".repeat(bytes);
     futures::stream::iter(0..messages)
         .map(|_| client.emit("evt", &payload))

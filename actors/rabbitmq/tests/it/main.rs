@@ -4,11 +4,13 @@
 
 mod acks;
 mod blocked;
+mod cancel;
 mod config;
 mod conformance;
 mod faults;
 mod flood;
 mod messages;
+mod pauses;
 mod raw;
 mod storm;
 mod world;
