@@ -355,6 +355,8 @@ impl FromRequest for Cancellation {
     }
 }
 
+/// `None` wherever `T` cannot be had, whatever the reason: an `Option<Data<T>>` is `None` for a payload of another shape, too.
+/// A payload that may be missing or null is a `Data<Option<T>>`.
 impl<T: FromRequest> FromRequest for Option<T> {
     async fn from_request(request: &Request) -> Result<Self, RpcError> {
         Ok(T::from_request(request).await.ok())

@@ -262,14 +262,14 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         env,
     };
     // A guard, so that a dropped task ends its requests, too.
-    let guard = CloseGuard(Arc::clone(&session.shared), session.env.client.clone());
+    let mut guard = CloseGuard(Arc::clone(&session.shared), session.env.client.clone());
     let cause = std::future::poll_fn(|cx| session.poll(cx)).await.err();
     let why = match &cause {
         Some(error) => format!("the connection was lost: {error}"),
         None => "the grace period ended".to_owned(),
     };
     let abandoned = guard.0.close(&session.env.transport, &session.table, &why);
-    if let Some(client) = &session.env.client {
+    if let Some(client) = guard.1.take() {
         let cause = cause.clone().unwrap_or_else(|| SessionError::lost("the connection was closed"));
         client.session_ended(&cause);
     }
