@@ -213,7 +213,7 @@ async fn error_in_stream(pair: &Pair) {
     let replies: Vec<_> =
         pair.client().send::<i64>("fail", json!({ "kind": "stream" })).stream().collect().await;
     let [Ok(1), Ok(2), Err(CallError::Remote(error))] = &replies[..] else { panic!("{replies:?}") };
-    assert_eq!(&error.payload().bytes()[..], br#"{"status":"error","message":"boom"}"#);
+    assert_eq!(error.payload().bytes(), br#"{"status":"error","message":"boom"}"#);
 }
 
 async fn json_values(pair: &Pair) {
@@ -367,7 +367,7 @@ async fn wildcard_sums(pair: &Pair) {
     assert_eq!(replies, [1, 2, 3]);
     let error = pair.client().send::<Value>("exception", 1).await.unwrap_err();
     let remote = error.remote().unwrap();
-    assert_eq!(&remote.payload().bytes()[..], br#"{"status":"error","message":"test"}"#);
+    assert_eq!(remote.payload().bytes(), br#"{"status":"error","message":"test"}"#);
     if pair.transport.is_redis() {
         // Its globs take its own replies for events, and its handlers fail on them.
         pair.nest.forgive().await;

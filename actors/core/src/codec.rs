@@ -29,7 +29,7 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     /// Whether every packet is UTF-8 text.
     fn is_text(&self) -> bool;
 
-    /// Reads a request or an event into a packet that is empty. Unknown members are ignored.
+    /// Reads a request or an event into a packet, all of it: nothing stays of what was there. Unknown members are ignored.
     ///
     /// A value with neither `pattern` nor `data` is foreign: it becomes an event whose data is the whole value
     /// and which has no pattern. An `id` inside it is not looked at, as in NestJS.
@@ -152,6 +152,7 @@ pub struct Frame<'a> {
     /// Where it still stands, and the bytes of it there.
     buffered: Option<(&'a mut BytesMut, Range<usize>)>,
     own: Bytes,
+    is_ascii: bool,
 }
 
 impl<'a> Frame<'a> {
@@ -162,7 +163,14 @@ impl<'a> Frame<'a> {
     /// If `body` is not inside the buffer.
     pub fn in_buffer(buf: &'a mut BytesMut, body: Range<usize>) -> Self {
         assert!(body.start <= body.end && body.end <= buf.len(), "the message is not in the buffer");
-        Self { buffered: Some((buf, body)), own: Bytes::new() }
+        Self { buffered: Some((buf, body)), own: Bytes::new(), is_ascii: false }
+    }
+
+    /// Says that whoever found the message has seen that it is ASCII: it need not be looked at again.
+    #[must_use]
+    pub fn ascii(mut self) -> Self {
+        self.is_ascii = true;
+        self
     }
 
     /// The bytes at `span`.
@@ -172,6 +180,7 @@ impl<'a> Frame<'a> {
     /// If `span` is not inside the message.
     #[inline]
     pub fn raw(&mut self, span: Range<usize>) -> Raw {
+        assert!(span.start <= span.end && span.end <= self.len(), "the value is not in the message");
         if Raw::is_short(&span) {
             return self.short(&span);
         }
@@ -230,7 +239,7 @@ impl Drop for Frame<'_> {
 
 impl From<Bytes> for Frame<'_> {
     fn from(bytes: Bytes) -> Self {
-        Self { buffered: None, own: bytes }
+        Self { buffered: None, own: bytes, is_ascii: false }
     }
 }
 
@@ -240,25 +249,18 @@ impl From<&Bytes> for Frame<'_> {
     }
 }
 
-/// Fills an empty packet in place: it is large, and where it stands it stays.
+/// Fills a packet in place: it is large, and where it stands it stays.
 fn request(mut frame: Frame<'_>, format: Format, members: &Members<4>, packet: &mut IncomingPacket) {
     let [pattern, data, id, metadata] = &members.spans;
     if pattern.is_none() && data.is_none() {
-        packet.data = Some(Payload::new(format, frame.into_raw(members.value.clone())));
+        let data = Some(Payload::new(format, frame.into_raw(members.value.clone())));
+        *packet = IncomingPacket { data, ..IncomingPacket::default() };
         return;
     }
-    if let Some(span) = pattern {
-        packet.pattern = Some(frame.raw(span.clone()));
-    }
-    if let Some(span) = id {
-        packet.id = Some(frame.raw(span.clone()));
-    }
-    if let Some(span) = metadata {
-        packet.metadata = Some(Payload::new(format, frame.raw(span.clone())));
-    }
-    if let Some(span) = data {
-        packet.data = Some(Payload::new(format, frame.into_raw(span.clone())));
-    }
+    packet.pattern = pattern.as_ref().map(|span| frame.raw(span.clone()));
+    packet.id = id.as_ref().map(|span| frame.raw(span.clone()));
+    packet.metadata = metadata.as_ref().map(|span| Payload::new(format, frame.raw(span.clone())));
+    packet.data = data.as_ref().map(|span| Payload::new(format, frame.into_raw(span.clone())));
 }
 
 fn response(mut frame: Frame<'_>, format: Format, members: Members<5>, rules: &ValueRules) -> ResponsePacket {
@@ -364,7 +366,7 @@ impl Codec for JsonCodec {
     }
 
     fn read_request(&self, frame: Frame<'_>, packet: &mut IncomingPacket) -> Result<(), CodecError> {
-        let members = match json::nest_request(&frame) {
+        let members = match json::nest_request(&frame, frame.is_ascii) {
             Some(members) => members,
             None => json::members(&frame, &REQUEST).map_err(CodecError::Json)?,
         };

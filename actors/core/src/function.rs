@@ -155,7 +155,9 @@ pub trait HandlerFn<Args>: Clone + Send + Sync + 'static {
     /// Calls it; an extractor may fail before.
     fn call(self, request: Request) -> impl Future<Output = Result<Self::Answer, RpcError>> + 'static;
 
-    /// Makes the handler's result of it; a plain value may be left in `place`: see [`Endpoint::call_in_place`].
+    /// Makes the handler's result of it, or leaves a plain value in `place` and returns `None`: see
+    /// [`Endpoint::call_in_place`].
+    #[doc(hidden)]
     fn put(
         answer: Result<Self::Answer, RpcError>,
         format: Format,
@@ -214,7 +216,9 @@ pub trait HandlerOutput<Kind> {
     /// Waits for the answer.
     fn resolve(self) -> impl Future<Output = Self::Answer>;
 
-    /// Makes the handler's result of it; a plain value may be left in `place`: see [`Endpoint::call_in_place`].
+    /// Makes the handler's result of it, or leaves a plain value in `place` and returns `None`: see
+    /// [`Endpoint::call_in_place`].
+    #[doc(hidden)]
     fn put(answer: Self::Answer, format: Format, place: &mut Option<Payload>) -> Option<HandlerResult>;
 }
 
@@ -227,7 +231,8 @@ pub trait Answer<Kind> {
     /// The failure of the handler.
     fn into_answer(self, format: Format) -> HandlerResult;
 
-    /// The same; a plain value may be left in `place`: see [`Endpoint::call_in_place`].
+    /// The same, or leaves a plain value in `place` and returns `None`: see [`Endpoint::call_in_place`].
+    #[doc(hidden)]
     fn put_answer(self, format: Format, _place: &mut Option<Payload>) -> Option<HandlerResult>
     where
         Self: Sized,

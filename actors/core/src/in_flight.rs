@@ -98,8 +98,12 @@ pub(crate) struct End {
 
 /// What is to be written.
 pub(crate) enum Owed<R> {
-    Response(Response<R>),
-    Settle { delivery: R, settlement: Settlement },
+    /// A packet of the response to the request with this key.
+    Response(RequestKey, Response<R>),
+    Settle {
+        delivery: R,
+        settlement: Settlement,
+    },
 }
 
 /// What the end of a request leaves to be written.
@@ -209,7 +213,8 @@ impl<R> Slot<R> {
 
     /// Notes how one of its handlers has ended; true when it was the last of them.
     pub(crate) fn ended(&mut self, member: u32, failed: bool) -> bool {
-        if failed {
+        // A handler that was stopped has not failed.
+        if failed && !self.cancelled {
             self.failed = true;
             if let Some(retrial) = &mut self.retrial {
                 retrial.failed(member);
@@ -229,6 +234,10 @@ impl<R> Slot<R> {
 
     /// How its delivery ended.
     fn settlement(&self) -> Settlement {
+        if self.cancelled && !self.failed {
+            // Nobody waits for it; its handler may have been stopped before it could acknowledge.
+            return Settlement::Done;
+        }
         match (self.failed, self.on_failure) {
             (false, None) => Settlement::Finished,
             (false, Some(_)) => Settlement::Done,
@@ -300,7 +309,7 @@ impl<R: Clone> Inner<R> {
             slot.spoke = true;
             if slot.kind == MessageKind::Request && !slot.cancelled && !closed {
                 let (reply_to, id) = (slot.reply_to.clone(), slot.id.clone());
-                self.out.push(Owed::Response(Response { reply_to, id, body, headers }));
+                self.out.push(Owed::Response(key, Response { reply_to, id, body, headers }));
             }
             return false;
         }
@@ -314,7 +323,7 @@ impl<R: Clone> Inner<R> {
         let LastWords { response, settle } = slot.close(End { body, headers, failed }, settles, closed);
         self.slots.remove(&key);
         // The answer, then the acknowledgement.
-        self.out.extend(response.map(Owed::Response));
+        self.out.extend(response.map(|response| Owed::Response(key, response)));
         self.out.extend(settle.map(|(delivery, settlement)| Owed::Settle { delivery, settlement }));
         true
     }

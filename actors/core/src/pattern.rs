@@ -241,6 +241,11 @@ pub enum PatternError {
 pub struct Route(Arc<str>);
 
 impl Route {
+    /// Whether both are clones of one; two of the same text need not be.
+    pub(crate) fn is_the_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// The text.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -445,44 +445,47 @@ impl Replica {
         let mut none = None;
         let place = if let ResponseBody::Last(place) = body { place } else { &mut none };
         let endpoint = &*endpoints[index as usize];
+        // Written here only if it is needed, rather than handed through.
+        let mut outcome = None;
         let call = || match endpoint.call_in_place(request, place) {
+            None => {}
             Some(Outcome::Future(mut made)) => {
                 let mut cx = TaskContext::from_waker(std::task::Waker::noop());
-                Some(match made.as_mut().poll(&mut cx) {
+                outcome = Some(match made.as_mut().poll(&mut cx) {
                     Poll::Ready(result) => Outcome::Ready(result),
                     Poll::Pending => Outcome::Started(made),
-                })
+                });
             }
-            outcome => outcome,
+            Some(other) => outcome = Some(other),
         };
-        let first = catch_unwind(AssertUnwindSafe(|| match &ambient {
+        let called = catch_unwind(AssertUnwindSafe(|| match &ambient {
             Some(ambient) => ambient.enter(call),
             None => call(),
         }));
-        let job = match first {
-            Ok(None) => {
+        if let Err(panic) = called {
+            drop(endpoints);
+            self.panicked(index, data.as_ref(), panic_text(panic));
+            self.finished(index, Ended::Panicked);
+            return refused(RpcError::unexpected("the handler panicked"));
+        }
+        let job = match outcome {
+            None => {
                 self.finished(index, Ended::Well);
                 return Begun::Answered;
             }
-            Err(panic) => {
-                drop(endpoints);
-                self.panicked(index, data.as_ref(), panic_text(panic));
-                self.finished(index, Ended::Panicked);
-                return refused(RpcError::unexpected("the handler panicked"));
-            }
-            Ok(Some(Outcome::Ready(Ok(Reply::Stream(stream))))) => Job::Stream(stream),
-            Ok(Some(Outcome::Ready(Ok(reply)))) => {
+            Some(Outcome::Ready(Ok(Reply::Stream(stream)))) => Job::Stream(stream),
+            Some(Outcome::Ready(Ok(reply))) => {
                 self.finished(index, Ended::Well);
                 let (last, headers) = last_of(reply);
                 return Begun::Ended(End { body: ResponseBody::Last(last), headers, failed: false });
             }
-            Ok(Some(Outcome::Ready(Err(error)))) => {
+            Some(Outcome::Ready(Err(error))) => {
                 let end = End::failed(&error, format);
                 self.report(index, error);
                 self.finished(index, Ended::Failed);
                 return Begun::Ended(end);
             }
-            Ok(Some(Outcome::Future(future) | Outcome::Started(future))) => Job::Future(future),
+            Some(Outcome::Future(future) | Outcome::Started(future)) => Job::Future(future),
         };
         Begun::Unfinished(Box::new(Unfinished { job, data, deadline, ambient }))
     }

@@ -2,8 +2,8 @@
 //! The responder: the value that must end a request, exactly once.
 //!
 //! A responder is bound to a slot of the session that the request came by: a request that is done when its handler
-//! was called in place has neither. It writes packets into the session's out-queue; its last one frees the slot, which is the request's in-flight credit. Dropped
-//! unanswered (a panic, a full mailbox, a dead handler), it answers with an error.
+//! was called in place has neither. It writes packets into the session's out-queue; its last one frees the slot, which is
+//! the request's in-flight credit. Dropped unanswered (a panic, a full mailbox, a dead handler), it answers with an error.
 
 use std::fmt;
 use std::sync::Arc;

@@ -32,7 +32,7 @@ use crate::replica::{Begun, NOTHING, Replica};
 use crate::request::{MessageKind, Request, Scope, ServerScope, TIMEOUT_KEY};
 use crate::responder::{ChainSink, ReplySink, RequestKey, Responder};
 use crate::retry::{Attempt, Retrial, RetryQueue};
-use crate::route::{Counter, HandlerRef, RouteTable};
+use crate::route::{Counter, HandlerRef, RouteEntry, RouteTable};
 use crate::settlement::FailurePolicy;
 use crate::transport::{
     Delivery, Inbound, Outbound, PacketId, PatternKey, Response, Session, SessionReader, SessionWriter,
@@ -178,6 +178,8 @@ struct Loop<S: Session> {
     /// What its requests have in common; a client's has none.
     scope: Option<Arc<Scope>>,
     table: Arc<RouteTable>,
+    /// The entry of the route that the last message came by: messages of one route often follow each other.
+    last: Option<Arc<RouteEntry>>,
     subscribed: HashSet<Route>,
     table_changed: Option<TableChange>,
     /// `subscribed` has been held against the whole table once.
@@ -240,6 +242,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         sink,
         shared,
         table,
+        last: None,
         subscribed,
         table_changed,
         reconciled: false,
@@ -458,9 +461,18 @@ impl<S: Session> Loop<S> {
         let failed = std::mem::take(&mut inner.retries);
         drop(inner);
         self.plan_retries(failed);
+        // The streams that ended at an item that could not be written: what they have said since is not said.
+        let mut ended = Vec::new();
         for owed in batch.drain(..) {
             match owed {
-                Owed::Response(mut response) => self.respond(&mut response)?,
+                Owed::Response(key, _) if ended.contains(&key) => {}
+                Owed::Response(key, mut response) => {
+                    let is_item = !response.body.is_final();
+                    if !self.respond(&mut response)? && is_item {
+                        ended.push(key);
+                        self.stop_work(key);
+                    }
+                }
                 Owed::Settle { delivery, settlement } => self.settle(delivery, settlement)?,
             }
         }
@@ -539,11 +551,16 @@ impl<S: Session> Loop<S> {
         self.write(Outbound::Settle { delivery, settlement })
     }
 
-    fn respond(&mut self, response: &mut Response<S::ReplyTo>) -> Result<(), SessionError> {
+    /// Writes a packet of a response. If it cannot be written, an error that says so is, in its place, and it is false.
+    fn respond(&mut self, response: &mut Response<S::ReplyTo>) -> Result<bool, SessionError> {
         self.unflushed = true;
+        let says_error = matches!(response.body, ResponseBody::NoHandler);
         let written = self.writer.write_response(response);
-        if self.written(written)? || matches!(response.body, ResponseBody::NoHandler) {
-            return Ok(());
+        if self.written(written)? {
+            return Ok(true);
+        }
+        if says_error {
+            return Ok(false);
         }
         // What to say instead.
         let error = crate::error::RpcError::unexpected("the reply could not be written");
@@ -551,7 +568,7 @@ impl<S: Session> Loop<S> {
         response.headers = None;
         match self.writer.write_response(response) {
             Err(WriteError::Session(error)) => Err(error),
-            _ => Ok(()),
+            _ => Ok(false),
         }
     }
 
@@ -673,22 +690,14 @@ impl<S: Session> Loop<S> {
                 Ok(())
             }
             Inbound::Cancel { id } => {
-                self.forget_packet();
                 self.cancel(&id);
                 Ok(())
             }
             Inbound::Bad { reason } => {
-                self.forget_packet();
                 self.report_bad(reason);
                 Ok(())
             }
         }
-    }
-
-    /// Nothing is left of an arrival that became no request, where the next one is read to.
-    fn forget_packet(&mut self) {
-        let packet = self.next.as_mut().map_or(&mut self.stray, |next| &mut next.0.packet);
-        *packet = IncomingPacket::default();
     }
 
     fn report_bad(&self, reason: String) {
@@ -703,9 +712,19 @@ impl<S: Session> Loop<S> {
         // It may have been read in this very turn.
         self.send_invokes();
         let mut inner = self.shared.inner.lock();
-        let found = inner.slots.values_mut().find(|slot| slot.id == *id && !slot.cancelled);
+        // Events have no id.
+        let asked = |slot: &Slot<S::ReplyTo>| slot.kind == MessageKind::Request && !slot.cancelled;
+        let found = inner.slots.values_mut().find(|slot| asked(slot) && slot.id == *id);
         let work = found.and_then(Slot::cancel);
         drop(inner);
+        if let Some(work) = work {
+            work.cancel();
+        }
+    }
+
+    /// Stops the handler of a request whose response has ended without it.
+    fn stop_work(&self, key: RequestKey) {
+        let work = self.shared.inner.lock().slot(key).and_then(Slot::cancel);
         if let Some(work) = work {
             work.cancel();
         }
@@ -725,7 +744,7 @@ impl<S: Session> Loop<S> {
     fn replace_table(&mut self, table: Arc<RouteTable>) {
         // Its routes are places of the old table.
         self.send_invokes();
-        self.next = None;
+        (self.next, self.last) = (None, None);
         for slot in self.shared.inner.lock().slots.values_mut() {
             if let SlotRoute::At(index) = slot.route {
                 slot.route = SlotRoute::Named(self.table.route_at(index).cloned());
@@ -753,7 +772,12 @@ impl<S: Session> Loop<S> {
                 let pattern = request.0.packet.pattern.as_deref().unwrap_or_default();
                 self.table.find(self.env.transport.format, pattern)
             }
-            PatternKey::Route(route) => self.table.get(route),
+            PatternKey::Route(route) => {
+                if !self.last.as_ref().is_some_and(|last| last.route.is_the_same(route)) {
+                    self.last = self.table.get(route).cloned();
+                }
+                self.last.as_ref()
+            }
         };
         let (Some(entry), Some(scope)) = (entry, &self.scope) else {
             return self.unhandled(kind, delivery, request.0.packet);
@@ -805,7 +829,7 @@ impl<S: Session> Loop<S> {
             self.done_in_place();
             return match kind {
                 MessageKind::Event => Ok(()),
-                MessageKind::Request => self.respond(&mut response),
+                MessageKind::Request => self.respond(&mut response).map(drop),
             };
         }
         let handlers = if kind == MessageKind::Request { 1 } else { chain.len() as u32 };

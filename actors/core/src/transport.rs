@@ -243,7 +243,8 @@ impl OutboundMessage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Settlement {
-    /// Every handler finished without an error, and there is a [`FailurePolicy`](crate::settlement::FailurePolicy).
+    /// Every handler finished without an error, and there is a [`FailurePolicy`](crate::settlement::FailurePolicy); or it
+    /// is a request whose caller has cancelled it before it failed, whatever the policy.
     Done,
     /// Every handler finished without an error, and there is no policy: what NestJS does.
     Finished,
@@ -388,8 +389,8 @@ pub trait SessionReader<R>: 'static {
     /// The next arrival; `None` when the other end has closed or a drain is complete. Not polled again
     /// after `None` or an error.
     ///
-    /// A request or event has its packet put into `packet`, which is empty before; with any other arrival nobody looks
-    /// at what is in it.
+    /// A request or event has its packet put into `packet`, all of it: something of an earlier one may still be there.
+    /// With any other arrival nobody looks at what is in it.
     fn poll_next(
         &mut self,
         cx: &mut Context<'_>,

@@ -53,6 +53,8 @@ struct Sent {
     message: Message,
     /// PUBREC came, PUBREL went out.
     released: bool,
+    /// Only its id is left of it, until the broker has forgotten that: there is nothing to send again.
+    given_up: bool,
     /// Where it begins in what goes out on this connection; `None` if it was not written to it.
     at: Option<u64>,
 }
@@ -150,7 +152,7 @@ impl Flow {
         self.twos += usize::from(is_two);
         self.alone = is_suspect.then_some(id);
         self.order += 1;
-        let sent = Sent { order: self.order, message, released: false, at: None };
+        let sent = Sent { order: self.order, message, released: false, given_up: false, at: None };
         Some((id, &self.sent.entry(id).insert_entry(sent).into_mut().message))
     }
 
@@ -202,7 +204,7 @@ impl Flow {
             false => self.forget(id)?,
             true => {
                 let sent = self.sent.get_mut(&id)?;
-                sent.released = true;
+                (sent.released, sent.given_up) = (true, true);
                 let rest = Message {
                     topic: Bytes::new(),
                     payload: Bytes::new(),
@@ -349,8 +351,10 @@ impl Flow {
             self.received.clear();
             // MQTT-17.
             for (_, id, _) in sent {
+                let given_up = self.sent.get(&id).is_some_and(|sent| sent.given_up);
                 if let Some(message) = self.forget(id)
                     && !message.is_request()
+                    && !given_up
                 {
                     self.push(message);
                 }
@@ -593,6 +597,19 @@ mod tests {
             assert!(!flow.sent.contains_key(&id));
             assert!(!flow.has_confirmed());
         }
+    }
+
+    /// MQTT-17.
+    #[test]
+    fn nothing_is_sent_of_what_was_given_up_when_the_broker_has_lost_the_session() {
+        let mut flow = Flow::default();
+        flow.push(message("a", MqttQos::ExactlyOnce));
+        let (id, _) = topics(&mut flow).remove(0);
+        flow.give_up(id, "why", true).unwrap();
+        assert_eq!(flow.resume(true), [Again::Release(id)]);
+        assert_eq!(flow.resume(false), []);
+        assert_eq!(topics(&mut flow), []);
+        assert!(flow.sent.is_empty());
     }
 
     /// MQTT-22.

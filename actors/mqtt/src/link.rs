@@ -32,6 +32,8 @@ use crate::record::PublishOptions;
 const READ_CHUNK: usize = 64 * 1024;
 /// The least room to read into.
 const READ_LEAST: usize = 4 * 1024;
+/// Answers of the broker that wait to be taken; beyond, skipped messages are only counted.
+pub(crate) const MAX_SIGNALS: usize = 1024;
 /// How many exchanges of quality of service 2 a broker of MQTT 3.1.1 is trusted with: mosquitto's default.
 const UNTOLD_WINDOW: usize = 20;
 
@@ -129,6 +131,8 @@ pub(crate) struct Link {
     broker: ConnAck,
     controls: HashMap<u16, Control>,
     pub(crate) signals: VecDeque<Signal>,
+    /// Messages that were skipped and are not among the signals.
+    skipped: u64,
     last_words: Option<String>,
     /// Why the connection is over; told when what it brought has been taken.
     ended: Option<SessionError>,
@@ -182,6 +186,7 @@ impl Link {
             broker: ConnAck::default(),
             controls: HashMap::new(),
             signals: VecDeque::new(),
+            skipped: 0,
             last_words: None,
             ended: None,
             intake: true,
@@ -671,10 +676,16 @@ impl Link {
             id: u16::from_be_bytes([self.input[topic_end], self.input[topic_end + 1]]),
             qos,
         });
-        self.signals.push_back(Signal::Report(format!(
-            "message on {topic}: {} bytes exceed maxPacketBytes, {limit}; it was skipped",
-            body.end
-        )));
+        // Nobody may be taking what is read: reports wait within a bound, and short.
+        if self.signals.len() < MAX_SIGNALS {
+            let topic: String = topic.chars().take(256).collect();
+            self.signals.push_back(Signal::Report(format!(
+                "message on {topic}: {} bytes exceed maxPacketBytes, {limit}; it was skipped",
+                body.end
+            )));
+        } else {
+            self.skipped += 1;
+        }
         self.skip = Some(Skip { bytes: body.end, ack });
         Ok(true)
     }
@@ -772,6 +783,7 @@ impl Link {
             || !self.signals.is_empty()
             || self.flow.has_confirmed()
             || self.dropped > 0
+            || self.skipped > 0
             || self.ended.is_some()
     }
 
@@ -794,6 +806,10 @@ impl Link {
 
     /// A report of messages that were dropped since the last one.
     pub(crate) fn take_dropped(&mut self) -> Option<String> {
+        if self.skipped > 0 {
+            let skipped = std::mem::take(&mut self.skipped);
+            return Some(format!("{skipped} more messages exceeded maxPacketBytes; they were skipped"));
+        }
         if self.dropped == 0 {
             return None;
         }

@@ -26,7 +26,7 @@ use crate::cancel::{self, Cancellations};
 use crate::context::MqttContext;
 use crate::driver::{Publish, Refusal};
 use crate::flow::What;
-use crate::link::{AckTo, Control, Link, Signal};
+use crate::link::{AckTo, Control, Link, MAX_SIGNALS, Signal};
 use crate::options::{Common, MqttQos, MqttSubscribeOptions};
 use crate::record::PublishOptions;
 use crate::replies::{Next, Replies};
@@ -271,7 +271,9 @@ impl Shared {
 
     /// What the broker has answered since the last time.
     fn take_signals(&mut self) {
-        while let Some(signal) = self.link.signals.pop_front() {
+        while self.ready.len() < MAX_SIGNALS
+            && let Some(signal) = self.link.signals.pop_front()
+        {
             match signal {
                 Signal::Unsubscribed => {}
                 Signal::Report(reason) => self.report(reason),

@@ -458,6 +458,10 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
     }
 
     fn write_response(&mut self, response: &mut Response<NatsReplyTo>) -> Result<(), WriteError> {
+        // It may have an id and nowhere to send a reply to, which NestJS ignores, too.
+        if response.reply_to.subject.is_some() {
+            self.response(response).map_err(|error| WriteError::Item(Arc::new(error)))?;
+        }
         if response.body.is_final()
             && let Some(service) = &self.link.settings.service
             && let Some((endpoint, since)) = response.reply_to.watched.take()
@@ -468,11 +472,7 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
             };
             service.ended(endpoint, since.elapsed(), error);
         }
-        if response.reply_to.subject.is_none() {
-            // It has an id and nowhere to send a reply to, which NestJS ignores, too.
-            return Ok(());
-        }
-        self.response(response).map_err(|error| WriteError::Item(Arc::new(error)))
+        Ok(())
     }
 
     fn write_request(&mut self, mut message: OutboundMessage, id: PacketId) -> Result<(), WriteError> {

@@ -192,6 +192,7 @@ impl Session for TcpSession {
             buf: BytesMut::new(),
             frame: FrameState::default(),
             chunk: SMALL_READ,
+            grown: false,
             drained: false,
             silence: None,
             ended: false,
@@ -227,6 +228,8 @@ pub struct TcpReader {
     frame: FrameState,
     /// How much the next read may take.
     chunk: usize,
+    /// The buffer has become larger than an idle connection is to keep.
+    grown: bool,
     /// The last read took all there was.
     drained: bool,
     /// Runs while a frame is incomplete.
@@ -334,6 +337,7 @@ impl TcpReader {
             Io::Plain(socket) => tokio_util_read(socket, cx, &mut self.buf),
             Io::Tls(stream) => tokio_util_read(stream.as_mut(), cx, &mut self.buf),
         };
+        self.grown |= self.buf.capacity() > SMALL_READ;
         self.drained = matches!(&read, Poll::Ready(Ok(read)) if *read < room);
         let read = ready!(read)?;
         if read == 0 {
@@ -356,8 +360,8 @@ impl TcpReader {
     fn wait(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Inbound<()>, SessionError>>> {
         if !self.framing.has_partial(&self.buf) {
             self.silence = None;
-            if self.buf.is_empty() && self.chunk > SMALL_READ {
-                self.chunk = SMALL_READ;
+            if self.buf.is_empty() && self.grown {
+                (self.chunk, self.grown) = (SMALL_READ, false);
                 self.buf = BytesMut::new();
             }
             return Poll::Pending;
@@ -414,7 +418,7 @@ impl TcpReader {
                     self.extensions.peer_answered.set(true);
                     return Ok(Some(Packet::Arrival(Inbound::Reply(reply))));
                 }
-                _ => Frame::in_buffer(&mut self.buf, body),
+                _ => Frame::in_buffer(&mut self.buf, body).ascii(),
             },
             None => match self.framing.decode(&mut self.buf, &mut self.frame, limits) {
                 Ok(Some(frame)) => Frame::from(frame),

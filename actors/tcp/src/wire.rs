@@ -85,8 +85,8 @@ pub trait Framing: Send + Sync + fmt::Debug + 'static {
         limits: &FrameLimits,
     ) -> Result<Option<Bytes>, FrameError>;
 
-    /// Where the body of the whole frame at the front of `buf` is, if that is plain to see; the frame ends with it.
-    /// `None` wherever it is not, also where [`Framing::decode`] would find one.
+    /// Where the body of the whole frame at the front of `buf` is, if that is plain to see and the body is ASCII; the frame
+    /// ends with it. `None` wherever it is not, also where [`Framing::decode`] would find one.
     fn peek(&self, _buf: &[u8], _state: &FrameState, _limits: &FrameLimits) -> Option<Range<usize>> {
         None
     }

@@ -221,9 +221,12 @@ pub struct FaultyReader<S, R> {
     inner: S,
     line: Arc<LineState>,
     faults: Faults,
-    held: Option<(Pin<Box<Sleep>>, (Inbound<R>, IncomingPacket))>,
-    again: Option<(Inbound<R>, IncomingPacket)>,
+    held: Option<(Pin<Box<Sleep>>, Arrival<R>)>,
+    again: Option<Arrival<R>>,
 }
+
+/// What arrived, and its packet if it has one.
+type Arrival<R> = (Inbound<R>, IncomingPacket);
 
 impl<S, R> fmt::Debug for FaultyReader<S, R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -273,7 +276,6 @@ where
                 *packet = of_it;
                 return Poll::Ready(Some(Ok(item)));
             }
-            *packet = IncomingPacket::default();
             let item = match std::task::ready!(self.inner.poll_next(cx, packet)) {
                 Some(Ok(item)) => item,
                 end => return Poll::Ready(end),
@@ -354,6 +356,7 @@ impl<S: SessionWriter<R>, R> SessionWriter<R> for FaultyWriter<S> {
     fn write_response(&mut self, response: &mut Response<R>) -> Result<(), WriteError> {
         self.wrote(|inner| inner.write_response(response))
     }
+
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {
         self.line.check()?;
         self.inner.poll_flush(cx)

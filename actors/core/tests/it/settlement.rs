@@ -172,6 +172,40 @@ fn a_caller_that_cancels_meanwhile_is_not_worked_for_again() {
 }
 
 #[test]
+fn a_request_that_is_cancelled_while_it_runs_is_done_whatever_the_policy() {
+    real(async {
+        let last = LastResort::DeadLetter;
+        let policies = [None, Some(FailurePolicy::Requeue), Some(FailurePolicy::retry(3).then(last))];
+        for policy in policies {
+            let network = settling();
+            let running = Arc::new(AtomicUsize::new(0));
+            let run = Arc::clone(&running);
+            let mut options = server_options();
+            options.on_failure = policy;
+            let service = Microservice::new()
+                .on_current_arbiter()
+                .handlers(message("endless", move || {
+                    run.fetch_add(1, Ordering::SeqCst);
+                    std::future::pending::<Result<(), RpcError>>()
+                }))
+                .server(MemoryServer::with(&network, options))
+                .start()
+                .await
+                .unwrap();
+            let client = MemoryClient::new(&network);
+            let call = actix_rt::spawn(client.send::<u64>("endless", 1).into_future());
+            eventually("it runs", || running.load(Ordering::SeqCst) == 1).await;
+            call.abort();
+            eventually("it is settled", || network.unsettled() == 0).await;
+            let settled = network.settlements();
+            assert_eq!((settled.done, settled.failed, settled.requeued, settled.dead_lettered), (1, 0, 0, 0));
+            assert_eq!(running.load(Ordering::SeqCst), 1);
+            end(client, service).await;
+        }
+    });
+}
+
+#[test]
 fn a_stream_that_has_begun_is_not_begun_again() {
     real(async {
         let network = settling();

@@ -368,11 +368,39 @@ async fn a_nestjs_service_hears_nothing_of_a_cancellation() {
 }
 
 #[actix::test]
+async fn a_cancellation_without_an_id_stops_no_event() {
+    let broker = Broker::start();
+    let (begun, ended) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let (begin, end) = (Arc::clone(&begun), Arc::clone(&ended));
+    let slow = event("slow", move || {
+        let (begin, end) = (Arc::clone(&begin), Arc::clone(&end));
+        async move {
+            begin.fetch_add(1, Ordering::SeqCst);
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            end.fetch_add(1, Ordering::SeqCst);
+        }
+    });
+    let (service, _) = serve(server_options(&broker), [sum(), slow]).await;
+    let client = client(&broker);
+    client.emit("slow", 1).await.unwrap();
+    until("it has begun", || begun.load(Ordering::SeqCst) == 1).await;
+    let raw = async_nats::connect(broker.url()).await.unwrap();
+    raw.publish("_MARTLET.cancel.sum", "".into()).await.unwrap();
+    raw.flush().await.unwrap();
+    until("it has ended", || ended.load(Ordering::SeqCst) == 1).await;
+    client.close().await;
+    service.stop(GRACE).await;
+}
+
+#[actix::test]
 async fn services_discovery_answers_ping_info_and_stats() {
     let broker = Broker::start();
     let options = server_options(&broker).queue("q").discoverable("calc", "1.2.3", "sums");
-    let (service, _) = serve(options, [sum(), crate::world::failing()]).await;
+    let large = message("large", || Ok::<_, RpcError>("x".repeat(2_000_000)));
+    let (service, _) = serve(options, [sum(), crate::world::failing(), large]).await;
     let client = client(&broker);
+    // Beyond the broker's bound: what is sent, and counted, is an error.
+    client.send::<String>("large", ()).await.unwrap_err();
     client.send::<i64>("sum", [1]).await.unwrap();
     client.send::<i64>("sum", [2]).await.unwrap();
     client.send::<i64>("fail", "message").await.unwrap_err();
@@ -391,13 +419,14 @@ async fn services_discovery_answers_ping_info_and_stats() {
     assert_eq!(info["description"], "sums");
     let endpoint =
         |name: &str| serde_json::json!({"name": name, "subject": name, "queue_group": "q", "metadata": {}});
-    assert_eq!(info["endpoints"], serde_json::json!([endpoint("sum"), endpoint("fail")]));
+    assert_eq!(info["endpoints"], serde_json::json!([endpoint("sum"), endpoint("fail"), endpoint("large")]));
     let stats = ask(format!("$SRV.STATS.calc.{id}")).await;
     assert_eq!(stats["type"], "io.nats.micro.v1.stats_response");
     assert!(stats["started"].as_str().unwrap().ends_with('Z'));
     let endpoints = stats["endpoints"].as_array().unwrap();
     assert_eq!((&endpoints[0]["num_requests"], &endpoints[0]["num_errors"]), (&2.into(), &0.into()));
     assert_eq!((&endpoints[1]["num_requests"], &endpoints[1]["num_errors"]), (&1.into(), &1.into()));
+    assert_eq!((&endpoints[2]["num_requests"], &endpoints[2]["num_errors"]), (&1.into(), &1.into()));
     assert!(endpoints[0]["average_processing_time"].as_u64().unwrap() > 0);
     assert!(endpoints[1]["last_error"].as_str().unwrap().contains("boom"));
     client.close().await;

@@ -188,7 +188,17 @@ async fn headers_beyond_the_bound_refuse_their_message_alone() {
 async fn a_message_beyond_the_brokers_bound_is_refused_alone() {
     let broker = Broker::configured("max_payload: 4096\n", &[]);
     let echo = message("repeat", async |Data(times): Data<usize>| Ok::<_, RpcError>("x".repeat(times)));
-    let (service, reports) = serve(server_options(&broker), [echo]).await;
+    let alive = Arc::new(());
+    let held = Arc::clone(&alive);
+    let endless = message("endless", move || {
+        let held = Arc::clone(&held);
+        let items = futures::stream::iter([1, 5000]).chain(futures::stream::repeat(2));
+        items.then(move |times| {
+            let _held = &held;
+            futures::future::ready("x".repeat(times))
+        })
+    });
+    let (service, reports) = serve(server_options(&broker), [echo, endless]).await;
     let client = client(&broker);
     let call = client.send::<String>("repeat", "x".repeat(5000)).await;
     assert!(matches!(&call, Err(CallError::Encode(e)) if e.to_string().contains("max_payload")), "{call:?}");
@@ -197,6 +207,15 @@ async fn a_message_beyond_the_brokers_bound_is_refused_alone() {
     assert!(matches!(call, Err(CallError::Remote(_))), "{call:?}");
     assert!(reports.contain("max_payload"), "{:?}", reports.all());
     assert_eq!(client.send::<String>("repeat", 3000).await.unwrap().len(), 3000);
+    // So does an item of a stream, which ends with it: nothing more is made, nor sent.
+    let idle = Arc::strong_count(&alive);
+    let mut replies = client.send::<String>("endless", ()).stream();
+    assert_eq!(replies.next().await.unwrap().unwrap(), "x");
+    let refused = replies.next().await.unwrap();
+    assert!(matches!(refused, Err(CallError::Remote(_))), "{refused:?}");
+    assert!(replies.next().await.is_none());
+    until("the stream is gone", || Arc::strong_count(&alive) == idle).await;
+    assert_eq!(client.late_replies(), 0);
     client.close().await;
     service.stop(GRACE).await;
 }
