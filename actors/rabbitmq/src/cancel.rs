@@ -5,8 +5,8 @@
 //! exchange by what its clients publish to. Both have a channel of their own for it: without the right to any of it
 //! they do without, and say so once.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -20,13 +20,20 @@ use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Connection, Consumer, ErrorKind, ExchangeKind};
 
+use crate::link::Settings;
 use crate::options::Common;
 
 /// Where cancellations go.
 const EXCHANGE: &str = "martlet.cancel";
 
-/// How many may wait to be told; further ones are not told.
+/// How many may wait: to be told, further ones are not told; to be heard by the session, the oldest is forgotten.
 const WAITING: usize = 1024;
+
+/// No call has a longer id.
+const ID_BYTES: usize = 1024;
+
+/// How often it is tried again when the exchange has gone with the last other service, before this one was bound to it.
+const RETRIES: usize = 3;
 
 /// What the cancellations of requests to a service are told by: the queue or the exchange that they go to.
 fn keys(common: &Common) -> impl Iterator<Item = &str> {
@@ -67,28 +74,65 @@ fn said(error: &lapin::Error) -> String {
 /// What a service hears.
 pub(crate) struct Hearing {
     _channel: Channel,
-    consumer: Consumer,
+    /// `None` when nothing more is heard.
+    consumer: Option<Consumer>,
+    heard: Heard,
+}
+
+/// The raw ids of requests that nobody waits for, until the session reads.
+#[derive(Debug, Default)]
+struct Heard {
+    ids: VecDeque<Bytes>,
+    forgotten: u64,
+}
+
+impl Heard {
+    fn push(&mut self, id: Bytes) {
+        if id.len() > ID_BYTES {
+            return;
+        }
+        if self.ids.len() >= WAITING {
+            self.ids.pop_front();
+            self.forgotten += 1;
+        }
+        self.ids.push_back(id);
+    }
+
+    fn take_forgotten(&mut self) -> Option<String> {
+        let forgotten = std::mem::take(&mut self.forgotten);
+        (forgotten > 0).then(|| {
+            format!(
+                "{forgotten} cancelled calls were forgotten: more than {WAITING} of them waited while the session did \
+                 not read"
+            )
+        })
+    }
 }
 
 impl Hearing {
-    /// Begins to listen; a refusal is to be reported, unless it was `told` before.
+    /// Begins to listen; why it does not is to be reported.
     pub(crate) async fn begin(
         connection: &Connection,
-        common: &Common,
-        told: &AtomicBool,
+        settings: &Settings,
     ) -> (Option<Self>, Option<String>) {
-        if !common.cancellation {
+        if !settings.common.cancellation {
             return (None, None);
         }
-        match Self::listen(connection, common).await {
-            Ok(hearing) => (Some(hearing), None),
-            Err(error) if is_refused(&error) && !told.swap(true, Ordering::Relaxed) => {
-                let said = said(&error);
-                (None, Some(format!("cancelled calls are not heard of (option cancellation): {said}")))
+        let mut retries = RETRIES;
+        let error = loop {
+            match Self::listen(connection, &settings.common).await {
+                Ok(hearing) => return (Some(hearing), None),
+                Err(error) if retries > 0 && is_soft(&error, |soft| *soft == AMQPSoftError::NOTFOUND) => {
+                    retries -= 1;
+                }
+                Err(error) => break error,
             }
-            // Said before; or the connection is lost, which declaring the rest says.
-            Err(_) => (None, None),
-        }
+        };
+        // That the connection is lost is what declaring the rest says.
+        let report = connection.status().connected() && settings.is_news(is_refused(&error));
+        let said = report
+            .then(|| format!("cancelled calls are not heard of (option cancellation): {}", said(&error)));
+        (None, said)
     }
 
     async fn listen(connection: &Connection, common: &Common) -> lapin::Result<Self> {
@@ -105,12 +149,32 @@ impl Hearing {
         let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
         let consumer =
             channel.basic_consume(queue, ShortString::default(), options, FieldTable::default()).await?;
-        Ok(Self { _channel: channel, consumer })
+        Ok(Self { _channel: channel, consumer: Some(consumer), heard: Heard::default() })
+    }
+
+    /// Takes what has arrived, whether or not the session reads: the driver would keep it without a bound.
+    pub(crate) fn tend(&mut self, cx: &mut Context<'_>) {
+        while let Some(consumer) = &mut self.consumer {
+            match consumer.poll_next_unpin(cx) {
+                Poll::Ready(Some(Ok(arrived))) => self.heard.push(arrived.data.into()),
+                Poll::Ready(_) => self.consumer = None,
+                Poll::Pending => break,
+            }
+        }
+    }
+
+    /// What is to be reported: how many were forgotten.
+    pub(crate) fn take_forgotten(&mut self) -> Option<String> {
+        self.heard.take_forgotten()
     }
 
     /// The raw id of the next request that nobody waits for; `None` when nothing more is heard.
     pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
-        self.consumer.poll_next_unpin(cx).map(|next| Some(next?.ok()?.data.into()))
+        self.tend(cx);
+        match self.heard.ids.pop_front() {
+            None if self.consumer.is_some() => Poll::Pending,
+            next => Poll::Ready(next),
+        }
     }
 }
 
@@ -119,6 +183,7 @@ impl Hearing {
 /// What a client tells.
 pub(crate) struct Telling {
     connection: Arc<Connection>,
+    settings: Arc<Settings>,
     key: ShortString,
     waiting: Vec<Bytes>,
     channel: Option<Channel>,
@@ -128,10 +193,11 @@ pub(crate) struct Telling {
 
 impl Telling {
     /// `None` without the option.
-    pub(crate) fn new(connection: &Arc<Connection>, common: &Common) -> Option<Self> {
-        common.cancellation.then(|| Self {
+    pub(crate) fn new(connection: &Arc<Connection>, settings: &Arc<Settings>) -> Option<Self> {
+        settings.common.cancellation.then(|| Self {
             connection: Arc::clone(connection),
-            key: short(key(common)),
+            settings: Arc::clone(settings),
+            key: short(key(&settings.common)),
             waiting: Vec::new(),
             channel: None,
             underway: None,
@@ -156,10 +222,10 @@ impl Telling {
                     Err(error) if is_refused(&error) => {
                         self.refused = true;
                         self.waiting.clear();
-                        return Some(format!(
-                            "services are not told of cancelled calls (option cancellation): {}",
-                            said(&error)
-                        ));
+                        return self.settings.is_news(true).then(|| {
+                            let said = said(&error);
+                            format!("services are not told of cancelled calls (option cancellation): {said}")
+                        });
                     }
                     // The exchange has gone with its last service, or the connection is lost.
                     Err(_) => {}
@@ -203,9 +269,13 @@ async fn tell(
 
 /// Whether it would be refused again.
 fn is_refused(error: &lapin::Error) -> bool {
+    is_soft(error, |soft| *soft != AMQPSoftError::NOTFOUND)
+}
+
+fn is_soft(error: &lapin::Error, which: impl FnOnce(&AMQPSoftError) -> bool) -> bool {
     match error.kind() {
         ErrorKind::ProtocolError(said) => {
-            matches!(said.kind(), AMQPErrorKind::Soft(soft) if *soft != AMQPSoftError::NOTFOUND)
+            matches!(said.kind(), AMQPErrorKind::Soft(soft) if which(soft))
         }
         _ => false,
     }
@@ -220,6 +290,19 @@ mod tests {
     fn check(server: RmqServerOptions, client: RmqClientOptions) {
         let (server, client) = (server.common(), client.common());
         assert!(keys(&server).any(|heard| heard == key(&client)), "{server:?}");
+    }
+
+    #[test]
+    fn of_what_is_heard_while_nobody_reads_the_oldest_is_forgotten() {
+        let mut heard = Heard::default();
+        let id = |number: usize| Bytes::from(number.to_string());
+        (0..WAITING).for_each(|number| heard.push(id(number)));
+        heard.push(Bytes::from(vec![b'1'; ID_BYTES + 1]));
+        assert_eq!(heard.take_forgotten(), None);
+        (WAITING..WAITING + 5).for_each(|number| heard.push(id(number)));
+        assert_eq!((heard.ids.len(), heard.ids.front()), (WAITING, Some(&id(5))));
+        assert!(heard.take_forgotten().is_some_and(|said| said.starts_with("5 cancelled calls ")));
+        assert_eq!(heard.take_forgotten(), None);
     }
 
     #[test]

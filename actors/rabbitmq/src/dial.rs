@@ -40,7 +40,7 @@ impl RmqDial {
             codec: Arc::clone(&options.codec),
             side,
             connected_before: AtomicBool::new(false),
-            deaf: AtomicBool::new(false),
+            cancellation_refused: AtomicBool::new(false),
         };
         Self { settings: Arc::new(settings), unusable: None }
     }
@@ -62,7 +62,7 @@ impl RmqDial {
             codec: Arc::clone(&options.codec),
             side,
             connected_before: AtomicBool::new(false),
-            deaf: AtomicBool::new(false),
+            cancellation_refused: AtomicBool::new(false),
         };
         Self { settings: Arc::new(settings), unusable }
     }
@@ -92,7 +92,7 @@ impl RmqDial {
                 // RMQ-12: replies have a channel of their own, whose loss does not end the consuming. It is opened first:
                 // once there is a consumer, the broker's answers come behind whatever waits in the queue.
                 let replies = link.channel().await?;
-                let hearing = Hearing::begin(&link.connection, &settings.common, &settings.deaf).await;
+                let hearing = Hearing::begin(&link.connection, settings).await;
                 let (consumer, queue) = link.serve(settings, &channel, &plan.subscriptions).await?;
                 let serving = (queue, replies, plan.subscriptions.as_slice());
                 let session =

@@ -93,6 +93,15 @@ impl Gate {
         self.open();
     }
 
+    /// So many bytes may be read, whatever was taken. What was not read of the last ones does not add up.
+    pub(crate) fn grant(&self, bytes: usize) {
+        if self.limit <= 0 {
+            return;
+        }
+        self.credit.fetch_max(i64::try_from(bytes).unwrap_or(i64::MAX), Ordering::AcqRel);
+        self.open();
+    }
+
     /// The number of its closing, if reading has stopped for want of credit; `cx` is woken when it stops.
     pub(crate) fn closing(&self, cx: &mut Context<'_>) -> Option<u64> {
         if self.limit <= 0 {
@@ -268,8 +277,9 @@ impl AsyncRead for Gated {
             }
             Poll::Pending => {
                 self.round = 0;
-                if self.gate.bell.is_busy() && !self.called {
-                    // So that the driver comes by once more when it has looked at what it has read.
+                // So that the driver comes by once more when it has looked at what it has read; and nobody else would
+                // call it back when it was stopped here.
+                if left == 0 || (self.gate.bell.is_busy() && !self.called) {
                     self.called = true;
                     cx.waker().wake_by_ref();
                 }
@@ -339,6 +349,23 @@ mod tests {
         assert!(gate.closing(cx).is_some_and(|second| Some(second) != first));
         gate.empty();
         assert_eq!(gate.allowance(waker), Some(100));
+    }
+
+    #[test]
+    fn what_is_granted_opens_the_gate_and_does_not_add_up() {
+        let gate = Gate::new(1000);
+        let waker = Waker::noop();
+        gate.read(1000);
+        assert_eq!(gate.allowance(waker), None);
+        for _ in 0..3 {
+            gate.grant(10);
+        }
+        assert_eq!(gate.allowance(waker), Some(10));
+        gate.read(10);
+        assert_eq!(gate.allowance(waker), None);
+        gate.empty();
+        gate.grant(10);
+        assert_eq!(gate.allowance(waker), Some(1000));
     }
 
     #[test]
@@ -422,16 +449,21 @@ mod tests {
 
     #[actix::test]
     async fn a_driver_looks_at_what_it_has_read_before_it_is_too_much() {
-        let gate = Gate::new(0);
-        let (mut driver, mut broker) = connected(&gate).await;
-        let thread = Arc::<Counted>::default();
-        let waker = Waker::from(Arc::clone(&thread));
-        tokio::io::AsyncWriteExt::write_all(&mut broker, &vec![0; ROUND_BYTES + 1]).await.unwrap();
-        assert_eq!(read(&mut driver, ROUND_BYTES).await, ROUND_BYTES);
-        let cx = &mut Context::from_waker(&waker);
-        assert!(Pin::new(&mut driver).poll_read(cx, &mut [0; 8]).is_pending());
-        assert_eq!(thread.take(), 1);
-        assert_eq!(read(&mut driver, 1).await, 1);
+        for flushes in [false, true] {
+            let gate = Gate::new(0);
+            let (mut driver, mut broker) = connected(&gate).await;
+            let thread = Arc::<Counted>::default();
+            let waker = Waker::from(Arc::clone(&thread));
+            tokio::io::AsyncWriteExt::write_all(&mut broker, &vec![0; ROUND_BYTES + 1]).await.unwrap();
+            assert_eq!(read(&mut driver, ROUND_BYTES).await, ROUND_BYTES);
+            let cx = &mut Context::from_waker(&waker);
+            if flushes {
+                assert!(Pin::new(&mut driver).poll_flush(cx).is_ready());
+            }
+            assert!(Pin::new(&mut driver).poll_read(cx, &mut [0; 8]).is_pending());
+            assert_eq!(thread.take(), 1);
+            assert_eq!(read(&mut driver, 1).await, 1);
+        }
     }
 
     #[test]

@@ -34,7 +34,7 @@ use lapin::options::{
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, Connection, Consumer};
 use martlet_core::error::SessionError;
-use tokio::time::{Interval, Sleep, interval, sleep};
+use tokio::time::{Instant, Interval, Sleep, interval, sleep};
 
 use crate::gate::Gate;
 use crate::link::{Link, ROUND_TRIP_LIMIT, lost};
@@ -63,6 +63,8 @@ pub(crate) struct Intake {
     tag: ShortString,
     queue: ShortString,
     flow: Flow,
+    /// Keepers that are to go, and have not heard of it yet.
+    leaving: Vec<Consumer>,
     draining: bool,
     /// Since which closing of the gate it is waited for, and for how long.
     held: Option<(u64, Pin<Box<Sleep>>)>,
@@ -90,8 +92,8 @@ struct Inbox {
     room: Option<Room>,
     backlog: VecDeque<Arrived>,
     backlog_bytes: usize,
-    /// While the broker blocks: when more may be taken, and how many bytes may be before.
-    trickle: Option<(Interval, usize)>,
+    /// While the broker blocks: when more may be read.
+    trickle: Option<Interval>,
     dropped: u64,
     dropped_reported: u64,
 }
@@ -134,6 +136,7 @@ impl Intake {
                 dropped_reported: 0,
             },
             flow: Flow::Consuming,
+            leaving: Vec::new(),
             draining: false,
             held: None,
             limit: None,
@@ -154,13 +157,15 @@ impl Intake {
                     // RMQ-17: its queue was deleted. The runtime makes a new session, which declares it again.
                     return match self.inbox.consumer {
                         Some(_) => Poll::Pending,
-                        None => Poll::Ready(Some(Err(deleted()))),
+                        None => Poll::Ready(Some(Err(self.inbox.deleted()))),
                     };
                 }
                 Flow::Stopped => return Poll::Ready(None),
                 _ => self.tend(cx)?,
             }
-            if self.inbox.backlog.is_empty() && !matches!(self.flow, Flow::Stopped) {
+            // A consumer that has just come is yet to be polled.
+            let goes_on = matches!(self.flow, Flow::Consuming | Flow::Stopped);
+            if self.inbox.backlog.is_empty() && !goes_on {
                 return Poll::Pending;
             }
         }
@@ -189,6 +194,7 @@ impl Intake {
 
     /// Does what is to be done whether or not messages are taken; to be called once a turn.
     pub(crate) fn tend(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
+        self.part(cx);
         loop {
             if self.gives_up(cx) {
                 self.absorb(cx)?;
@@ -218,15 +224,15 @@ impl Intake {
                     if !self.draining && !self.inbox.has_room() {
                         return Ok(());
                     }
-                    let tag = keeper.consumer.tag();
-                    let counted = keeper.take_counted(&mut self.inbox);
-                    self.flow = match self.draining {
-                        true => {
-                            self.release(tag, counted);
-                            Flow::Stopped
-                        }
-                        false => Flow::Resuming(self.resume(tag, counted)),
+                    // Replaced at once.
+                    let Flow::Paused(keeper) = std::mem::replace(&mut self.flow, Flow::Stopped) else {
+                        continue;
                     };
+                    if !self.draining {
+                        self.flow = Flow::Resuming(self.resume());
+                    }
+                    self.release(keeper);
+                    self.part(cx);
                 }
                 Flow::Resuming(resuming) => {
                     let Poll::Ready(consumer) = resuming.as_mut().poll(cx) else { return Ok(()) };
@@ -301,12 +307,8 @@ impl Intake {
         .boxed_local()
     }
 
-    /// Consumes again; then the keeper goes.
-    fn resume(
-        &mut self,
-        keeper: ShortString,
-        counted: Option<u64>,
-    ) -> LocalBoxFuture<'static, Result<Consumer, lapin::Error>> {
+    /// Consumes again.
+    fn resume(&mut self) -> LocalBoxFuture<'static, Result<Consumer, lapin::Error>> {
         let (queue, tag) = (self.queue.clone(), self.tag.clone());
         let channel = Rc::clone(&self.channel);
         let mut consuming = async move {
@@ -314,24 +316,39 @@ impl Intake {
             channel.basic_consume(queue, tag, options, FieldTable::default()).await
         }
         .boxed_local();
-        // The first poll hands over: in this order, so that the queue is never without a consumer. The keeper's end
-        // is not waited for, it comes behind messages that may fill the gate.
-        let consuming = match consuming.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        // The first poll hands over: before the keeper goes, so that the queue is never without a consumer.
+        match consuming.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Pending => consuming,
             Poll::Ready(done) => std::future::ready(done).boxed_local(),
-        };
-        self.release(keeper, counted);
-        consuming
+        }
     }
 
-    /// Ends the keeper, which is given nothing more then; what it was given and has not been taken is handed back.
-    fn release(&self, keeper: ShortString, counted: Option<u64>) {
-        let channel = &self.channel;
-        hand_over(channel.basic_cancel(keeper, BasicCancelOptions::default()));
-        match counted {
-            Some(tag) => hand_over(channel.basic_ack(tag, BasicAckOptions::default())),
-            None => hand_over(channel.basic_nack(0, BasicNackOptions { multiple: true, requeue: true })),
+    /// Ends the keeper, and with what it was given. Its own end is not waited for, it comes behind messages that may
+    /// fill the gate.
+    fn release(&mut self, Keeper { consumer, kept }: Keeper) {
+        hand_over(self.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default()));
+        if let Some((kept, _)) = kept {
+            self.inbox.end_with(&self.channel, *kept);
         }
+        self.leaving.push(consumer);
+    }
+
+    /// Ends with what keepers are given until they hear of their end. Each by its own tag: when all are handed back at
+    /// once, the driver forgets what other consumers of the channel have.
+    fn part(&mut self, cx: &mut Context<'_>) {
+        let Self { leaving, inbox, channel, draining, .. } = self;
+        leaving.retain_mut(|keeper| {
+            loop {
+                match keeper.poll_next_unpin(cx) {
+                    // Nobody may look at what waits here any more.
+                    Poll::Ready(Some(Ok(given))) if *draining => hand_back(channel, &given),
+                    Poll::Ready(Some(Ok(given))) => inbox.end_with(channel, given),
+                    // Consuming meets an error, too.
+                    Poll::Ready(_) => return false,
+                    Poll::Pending => return true,
+                }
+            }
+        });
     }
 
     fn stop(&self) -> Flow {
@@ -344,16 +361,12 @@ impl Intake {
     }
 }
 
-fn deleted() -> SessionError {
-    SessionError::lost("the broker has cancelled the consumer: its queue was deleted")
-}
-
 fn cost(arrived: &Arrived) -> usize {
     arrived.data.len() + MESSAGE_BYTES
 }
 
 impl Keeper {
-    /// Takes what it is given, and gives that back in time.
+    /// Takes what it is given, and ends with that in time.
     fn poll(
         &mut self,
         channel: &Channel,
@@ -361,14 +374,14 @@ impl Keeper {
         cx: &mut Context<'_>,
     ) -> Result<(), SessionError> {
         loop {
-            if let Some((_, limit)) = &mut self.kept
+            while let Some((kept, limit)) = &mut self.kept
                 && limit.as_mut().poll(cx).is_ready()
             {
-                if let Some(tag) = self.take_counted(inbox) {
-                    hand_over(channel.basic_ack(tag, BasicAckOptions::default()));
+                if is_counted(kept) && !inbox.has_backlog_for(cost(kept)) {
+                    // It stays until there is room: going back counts.
+                    limit.as_mut().reset(Instant::now() + KEEP_LIMIT);
                 } else if let Some((kept, _)) = self.kept.take() {
-                    let requeue = BasicNackOptions { multiple: false, requeue: true };
-                    hand_over(channel.basic_nack(kept.delivery_tag, requeue));
+                    inbox.end_with(channel, *kept);
                 }
             }
             match self.consumer.poll_next_unpin(cx) {
@@ -376,21 +389,16 @@ impl Keeper {
                     self.kept = Some((Box::new(kept), Box::pin(sleep(KEEP_LIMIT))));
                 }
                 Poll::Ready(Some(Err(error))) => return Err(inbox.lost(&error)),
-                Poll::Ready(None) => return Err(deleted()),
+                Poll::Ready(None) => return Err(inbox.deleted()),
                 Poll::Pending => return Ok(()),
             }
         }
     }
+}
 
-    /// RMQ-19: a queue that counts how often a message comes back would refuse it some day. One that came back before is
-    /// taken as if it had come without acknowledgement, and is to be acknowledged.
-    fn take_counted(&mut self, inbox: &mut Inbox) -> Option<u64> {
-        let (kept, _) =
-            self.kept.take_if(|(kept, _)| is_counted(kept) && inbox.has_backlog_for(cost(kept)))?;
-        let tag = kept.delivery_tag;
-        inbox.push(*kept);
-        Some(tag)
-    }
+fn hand_back(channel: &Channel, given: &Arrived) {
+    let requeue = BasicNackOptions { multiple: false, requeue: true };
+    hand_over(channel.basic_nack(given.delivery_tag, requeue));
 }
 
 /// Tells the broker something: the first poll does. An error means that the channel is gone, which consuming says.
@@ -423,9 +431,30 @@ impl Inbox {
 
     /// The connection is lost, and what waits here with it.
     fn lost(&self, error: &lapin::Error) -> SessionError {
+        lost(&format_args!("{error}{}", self.waiting()))
+    }
+
+    /// RMQ-17: the queue is gone. The session ends with it, and what waits here.
+    fn deleted(&self) -> SessionError {
+        let what = "the broker has cancelled the consumer: its queue was deleted";
+        SessionError::lost(format!("{what}{}", self.waiting()))
+    }
+
+    fn waiting(&self) -> String {
         match self.backlog.len() {
-            0 => lost(error),
-            waiting => lost(&format_args!("{error}; {waiting} messages that waited here are lost with it")),
+            0 => String::new(),
+            waiting => format!("; {waiting} messages that waited here are lost with it"),
+        }
+    }
+
+    /// RMQ-19: what a keeper was given goes back. A queue that counts how often a message comes back would refuse it some
+    /// day: one that came back before is taken as if it had come without acknowledgement, where there is room.
+    fn end_with(&mut self, channel: &Channel, given: Arrived) {
+        if is_counted(&given) && self.has_backlog_for(cost(&given)) {
+            hand_over(channel.basic_ack(given.delivery_tag, BasicAckOptions::default()));
+            self.push(given);
+        } else {
+            hand_back(channel, &given);
         }
     }
 
@@ -434,21 +463,26 @@ impl Inbox {
         self.room.is_none_or(|room| self.backlog_bytes <= room.buffer_bytes / 2)
     }
 
-    /// The next message from the driver; nothing once it has ended.
+    /// The next message from the driver, which reads on for it; nothing once it has ended.
     fn poll_consumer(&mut self, cx: &mut Context<'_>) -> Result<Poll<Arrived>, SessionError> {
+        let arrived = self.poll_arrived(cx)?;
+        match &arrived {
+            Poll::Ready(arrived) => self.gate.taken(arrived.data.len()),
+            Poll::Pending => self.gate.empty(),
+        }
+        Ok(arrived)
+    }
+
+    fn poll_arrived(&mut self, cx: &mut Context<'_>) -> Result<Poll<Arrived>, SessionError> {
         while let Some(consumer) = &mut self.consumer {
             match consumer.poll_next_unpin(&mut Context::from_waker(&self.ringing)) {
-                Poll::Ready(Some(Ok(arrived))) => {
-                    self.gate.taken(arrived.data.len());
-                    return Ok(Poll::Ready(arrived));
-                }
+                Poll::Ready(Some(Ok(arrived))) => return Ok(Poll::Ready(arrived)),
                 Poll::Ready(Some(Err(error))) => return Err(self.lost(&error)),
                 Poll::Ready(None) => self.consumer = None,
                 Poll::Pending if self.gate.bell().listen(cx) => {}
                 Poll::Pending => break,
             }
         }
-        self.gate.empty();
         Ok(Poll::Pending)
     }
 
@@ -478,24 +512,25 @@ impl Inbox {
         Ok(())
     }
 
-    /// Takes so little into the backlog that it lasts, and so much that the broker sees somebody reading: within four
-    /// turns the driver reads on. Nothing is dropped: with the backlog full, nothing is taken.
+    /// Reads so little into the backlog that it lasts, and so much that the broker, and the driver's own heartbeats, see
+    /// somebody reading. Nothing is dropped: with the backlog full, nothing is read.
     fn trickle(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
         let Some(room) = self.room else { return Ok(()) };
-        loop {
-            let (ticks, left) = self.trickle.get_or_insert_with(|| (interval(TRICKLE_EVERY), 0));
-            while ticks.poll_tick(cx).is_ready() {
-                *left = (room.buffer_bytes / 4).max(TRICKLE_BYTES);
-            }
-            if *left == 0 || self.backlog_bytes >= room.backlog_bytes {
-                return Ok(());
-            }
-            let left = *left;
-            let Poll::Ready(arrived) = self.poll_consumer(cx)? else { return Ok(()) };
-            if let Some((_, rest)) = &mut self.trickle {
-                *rest = left.saturating_sub(cost(&arrived));
-            }
+        let ticks = self.trickle.get_or_insert_with(|| interval(TRICKLE_EVERY));
+        let mut more = false;
+        while ticks.poll_tick(cx).is_ready() {
+            more = true;
+        }
+        while self.backlog_bytes < room.backlog_bytes {
+            // What is taken gives no credit: what comes of one tick is bounded by bytes on the wire.
+            let Poll::Ready(arrived) = self.poll_arrived(cx)? else {
+                if more {
+                    self.gate.grant((room.buffer_bytes / 4).max(TRICKLE_BYTES));
+                }
+                break;
+            };
             self.push(arrived);
         }
+        Ok(())
     }
 }

@@ -38,8 +38,8 @@ pub(crate) struct Settings {
     pub(crate) side: Side,
     /// Whether there has been a session.
     pub(crate) connected_before: AtomicBool,
-    /// Whether it has been said that cancellations cannot be heard of.
-    pub(crate) deaf: AtomicBool,
+    /// Whether it has been said that the broker refuses what cancellations are told by.
+    pub(crate) cancellation_refused: AtomicBool,
 }
 
 /// What only one side needs.
@@ -52,6 +52,11 @@ pub(crate) enum Side {
 impl Settings {
     pub(crate) fn limits(&self) -> Limits {
         Limits { header_bytes: self.common.max_header_bytes, body_bytes: self.common.max_body_bytes }
+    }
+
+    /// RMQ-20: whether to say why cancellations are not told: a refusal is said once.
+    pub(crate) fn is_news(&self, refused: bool) -> bool {
+        !refused || !self.cancellation_refused.swap(true, Ordering::Relaxed)
     }
 
     /// RMQ-18: what may wait here of a broker that knows no window. A client's replies are bounded by its calls.

@@ -50,6 +50,8 @@ struct Shared {
     /// With wildcards.
     routes: RefCell<Option<Routes>>,
     outcomes: Rc<RefCell<VecDeque<Outcome>>>,
+    /// A server's, with the option `cancellation`.
+    hearing: RefCell<Option<Hearing>>,
     /// What is to be reported before the next message.
     reports: RefCell<VecDeque<String>>,
 }
@@ -75,7 +77,6 @@ impl Drop for Shared {
 pub struct RmqSession {
     shared: Rc<Shared>,
     out: Out,
-    hearing: Option<Hearing>,
     queue: ShortString,
     peer: Arc<str>,
 }
@@ -144,15 +145,17 @@ impl RmqSession {
             settler,
             routes: RefCell::new(routes),
             outcomes,
+            hearing: RefCell::default(),
             reports: RefCell::default(),
         };
-        Self { shared: Rc::new(shared), out, hearing: None, queue, peer }
+        Self { shared: Rc::new(shared), out, queue, peer }
     }
 
     /// With what is heard of cancelled calls, and what is to be reported of it.
     pub(crate) fn hearing(self, (hearing, report): (Option<Hearing>, Option<String>)) -> Self {
         report.into_iter().for_each(|report| self.shared.report(report));
-        Self { hearing, ..self }
+        self.shared.hearing.replace(hearing);
+        self
     }
 }
 
@@ -170,10 +173,9 @@ impl Session for RmqSession {
     }
 
     fn split(self) -> (RmqReader, RmqWriter) {
-        let Self { shared, out, hearing, queue, .. } = self;
+        let Self { shared, out, queue, .. } = self;
         let reader = RmqReader {
             events: shared.link.connection.events_listener().boxed(),
-            hearing,
             shared: Rc::clone(&shared),
         };
         let writer = RmqWriter::new(shared, out, queue);
@@ -187,8 +189,6 @@ impl Session for RmqSession {
 pub struct RmqReader {
     shared: Rc<Shared>,
     events: BoxStream<'static, Event>,
-    /// With the option `cancellation`.
-    hearing: Option<Hearing>,
 }
 
 impl std::fmt::Debug for RmqReader {
@@ -219,12 +219,17 @@ impl RmqReader {
     }
 
     /// RMQ-20: the next request that nobody waits for.
-    fn poll_cancelled(&mut self, cx: &mut Context<'_>) -> Option<Inbound<RmqReplyTo>> {
-        match self.hearing.as_mut()?.poll_next(cx) {
+    fn poll_cancelled(&self, cx: &mut Context<'_>) -> Option<Inbound<RmqReplyTo>> {
+        let mut hearing = self.shared.hearing.borrow_mut();
+        let heard = hearing.as_mut()?;
+        if let Some(reason) = heard.take_forgotten() {
+            return Some(Inbound::Bad { reason });
+        }
+        match heard.poll_next(cx) {
             Poll::Pending => None,
             Poll::Ready(Some(id)) => Some(Inbound::Cancel { id: id.into() }),
             Poll::Ready(None) => {
-                self.hearing = None;
+                *hearing = None;
                 let reason = "cancelled calls are no more heard of in this session".to_owned();
                 // The reader sees a connection that is lost.
                 self.shared.link.connection.status().connected().then_some(Inbound::Bad { reason })
@@ -418,7 +423,7 @@ impl RmqWriter {
             }
         };
         let telling = match out {
-            Out::Client(_) => Telling::new(&shared.link.connection, common),
+            Out::Client(_) => Telling::new(&shared.link.connection, &shared.settings),
             Out::Server(_) => None,
         };
         let mut limits = shared.settings.limits();
@@ -680,6 +685,9 @@ impl SessionWriter<RmqReplyTo> for RmqWriter {
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {
         self.shared.intake.borrow_mut().tend(cx)?;
+        if let Some(hearing) = self.shared.hearing.borrow_mut().as_mut() {
+            hearing.tend(cx);
+        }
         if let Some(report) = self.telling.as_mut().and_then(|telling| telling.poll(cx)) {
             self.shared.report(report);
             cx.waker().wake_by_ref();

@@ -82,6 +82,7 @@ async fn only_the_service_that_has_the_request_stops() {
     let (queue, other) = (unique("cancel-one"), unique("cancel-other"));
     let (group, running) = endless();
     let (others, others_running) = endless();
+    let (twins, twins_running) = endless();
     let (service, _) = serve(server(&broker, &queue), [group, sum()]).await;
     let (second, _) = serve(server(&broker, &other), [others, sum()]).await;
     let (caller, second_caller) =
@@ -92,12 +93,30 @@ async fn only_the_service_that_has_the_request_stops() {
     give_up(&caller, &running).await;
     until("it was stopped", || running() == 0).await;
     assert_eq!(others_running(), 1);
+    // Of two services on one queue both are told.
+    let (twin, _) = serve(server(&broker, &queue), [twins, sum()]).await;
+    let mut calls = Vec::new();
+    for number in 1..=4 {
+        let mut call = caller.send::<()>("endless", 1);
+        assert!((&mut call).now_or_never().is_none());
+        calls.push(call);
+        until("it runs", || running() + twins_running() == number).await;
+    }
+    assert_eq!((running(), twins_running()), (2, 2));
+    for left in (0..4).rev() {
+        drop(calls.pop());
+        until("it was stopped", || running() + twins_running() <= left).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        // They were given in turn.
+        assert_eq!((running() + twins_running(), running().abs_diff(twins_running())), (left, left % 2));
+    }
+    assert_eq!(others_running(), 1);
     drop(stays);
     until("the other was stopped", || others_running() == 0).await;
     for client in [caller, second_caller] {
         client.close().await;
     }
-    for service in [service, second] {
+    for service in [service, second, twin] {
         assert!(service.stop(GRACE).await.clean);
     }
 }
@@ -118,11 +137,26 @@ async fn without_the_option_nothing_is_declared_and_nothing_told() {
         .exchange_declare("martlet.cancel".into(), lapin::ExchangeKind::Direct, options, Default::default())
         .await;
     assert!(declared.is_err());
+    // Nothing would be lost if a service with it were there.
+    let raw = Raw::connect(&broker).await;
+    let heard = unique("cancel-heard");
+    raw.declare(&heard).await;
+    let options = lapin::options::ExchangeDeclareOptions { auto_delete: true, ..Default::default() };
+    let (exchange, direct) = ("martlet.cancel", lapin::ExchangeKind::Direct);
+    raw.channel.exchange_declare(exchange.into(), direct, options, Default::default()).await.unwrap();
+    let (from, to, by) = (exchange.into(), heard.as_str().into(), queue.as_str().into());
+    raw.channel.queue_bind(to, from, by, Default::default(), Default::default()).await.unwrap();
+    give_up(&silent, &running).await;
+    answers(&silent).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(raw.waiting(&heard).await, 0);
     // A service without it, NestJS's for one, gets no message that it does not know.
     let telling = RmqClient::new(client(&broker, &queue));
     give_up(&telling, &running).await;
     answers(&telling).await;
-    assert_eq!(running(), 2);
+    let heard = raw.consume(&heard).await.next().await;
+    assert!(!heard.data.is_empty());
+    assert_eq!(running(), 3);
     assert!(reports.all().is_empty(), "{:?}", reports.all());
     for client in [silent, telling] {
         client.close().await;
@@ -179,6 +213,14 @@ async fn restricted(broker: &Broker, user: &str, configure: &str, write: &str, d
     assert_eq!(said(&told.lock(), "services are not told"), 1, "{:?}", told.lock());
     assert_eq!(said(&heard.all(), "are not heard of"), usize::from(deaf), "{:?}", heard.all());
     assert_eq!(running(), 3);
+    // Not again in another session.
+    control(&["close_all_connections", "a test"]);
+    while caller.send::<i64>("sum", [1, 2]).await.is_err() {}
+    give_up(&caller, &running).await;
+    answers(&caller).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(said(&told.lock(), "services are not told"), 1, "{:?}", told.lock());
+    assert_eq!(said(&heard.all(), "are not heard of"), usize::from(deaf), "{:?}", heard.all());
     caller.close().await;
     service.stop(Duration::from_millis(10)).await;
 }

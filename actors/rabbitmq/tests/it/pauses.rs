@@ -72,6 +72,26 @@ async fn a_pause_may_outlast_the_brokers_consumer_timeout() {
 }
 
 #[actix::test]
+async fn of_a_queue_that_is_deleted_in_a_pause_it_is_said_what_is_lost() {
+    let broker = Broker::start(BrokerCommand::rabbitmq()).unwrap();
+    let queue = unique("pause-deleted");
+    let (group, _, open) = gated();
+    let (service, reports) =
+        serve_apart(RmqServer::new(small(server_options(&broker, &queue))), [group]).await;
+    let client = RmqClient::new(client_options(&broker, &queue));
+    publish(&client, MESSAGES, BYTES).await;
+    lives(&service, &reports, Duration::from_secs(2)).await;
+    Raw::connect(&broker).await.delete(&queue).await;
+    let lost = |line: &String| {
+        line.contains("its queue was deleted; ") && line.contains(" messages that waited here are lost")
+    };
+    until("it is said", || reports.all().iter().any(lost)).await;
+    open.store(true, Ordering::Relaxed);
+    client.close().await;
+    assert!(service.stop(GRACE).await.clean);
+}
+
+#[actix::test]
 async fn a_service_is_drained_by_a_broker_that_does_not_answer() {
     let broker = Broker::start(BrokerCommand::rabbitmq()).unwrap();
     let queue = unique("frozen-drain");
@@ -104,7 +124,23 @@ async fn a_service_is_drained_by_a_broker_that_does_not_answer() {
 #[actix::test]
 async fn a_broker_that_blocks_is_held_back_rather_than_its_messages_dropped() {
     // RMQ-19: it gives up a peer that takes nothing for 15 s.
-    const BACKLOG: usize = 24 << 20;
+    let options = |options: RmqServerOptions| options.backlog_bytes(24 << 20);
+    blocks(options, MESSAGES * 2, BYTES, Duration::from_secs(20)).await;
+}
+
+#[actix::test]
+async fn of_a_broker_that_blocks_small_messages_are_read_too_and_heartbeats_behind_them() {
+    // More than what is between broker and service, of less than a gate opens for.
+    let options = |options: RmqServerOptions| options.receive_buffer_bytes(1 << 20);
+    blocks(options, 120_000, 20, Duration::from_secs(10)).await;
+}
+
+async fn blocks(
+    options: impl Fn(RmqServerOptions) -> RmqServerOptions,
+    messages: u64,
+    bytes: usize,
+    how_long: Duration,
+) {
     let broker = Broker::start(BrokerCommand::rabbitmq()).unwrap();
     let queue = unique("blocked-pause");
     let caller = RmqClient::new(client_options(&broker, &queue));
@@ -120,18 +156,18 @@ async fn a_broker_that_blocks_is_held_back_rather_than_its_messages_dropped() {
     })
     .await
     .unwrap();
-    publish(&client, MESSAGES * 2, BYTES).await;
+    publish(&client, messages, bytes).await;
     control(&broker, &["set_disk_free_limit", "1000000GB"]);
     let (group, handled, open) = gated();
-    let server = small(server_options(&broker, &queue)).backlog_bytes(BACKLOG);
+    let server = options(small(server_options(&broker, &queue)));
     let (service, reports) = serve_apart(RmqServer::new(server), [group, sum()]).await;
-    lives(&service, &reports, Duration::from_secs(20)).await;
+    lives(&service, &reports, how_long).await;
     assert_eq!(dropped(&reports), 0, "{:?}", reports.all());
     assert!(raw.waiting(&queue).await > 0);
     control(&broker, &["set_disk_free_limit", "1MB"]);
     assert_eq!(call.await.unwrap().unwrap(), 3);
     open.store(true, Ordering::Relaxed);
-    handles_all(&handled, &reports, MESSAGES * 2).await;
+    handles_all(&handled, &reports, messages).await;
     // Said when it reads again.
     assert!(reports.contain("the broker has blocked publishing"), "{:?}", reports.all());
     for client in [client, caller] {
