@@ -2,7 +2,7 @@
 //! Subject of the publishers over Redis, RabbitMQ and MQTT: a Martlet client, a task for each event in flight, on one
 //! thread.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use futures::future::try_join_all;
@@ -48,12 +48,16 @@ fn main() -> Result<()> {
 }
 
 async fn publish(client: &ClientProxy, number: usize, window: &Window) -> Result<()> {
-    let mut turn = number;
-    while window.is_sending() {
-        turn += 1;
-        let sent = Instant::now();
+    // The raw programs look at the clock once per round of events; this one for every sixteenth event.
+    let mut latency = Duration::ZERO;
+    for turn in number + 1.. {
+        if !window.is_sending() {
+            break;
+        }
+        let sent = turn.is_multiple_of(16).then(Instant::now);
         client.emit(NOTED, [(turn % 90 + 10) as i64, 2, 3, 4, 5]).await?;
-        window.count(sent.elapsed())?;
+        latency = sent.map_or(latency, |sent| sent.elapsed());
+        window.count(latency)?;
     }
     Ok(())
 }
