@@ -187,6 +187,34 @@ impl<'a> Frame<'a> {
         Raw::from(self.share().slice(span))
     }
 
+    /// Puts the bytes at `span` into their place.
+    #[inline]
+    fn put(&mut self, span: &Option<Span>, place: &mut Option<Raw>) {
+        match span {
+            None => *place = None,
+            Some(span) if Raw::is_short(span) => self.fill(span, place.get_or_insert_default()),
+            Some(span) => *place = Some(Raw::from(self.share().slice(span.clone()))),
+        }
+    }
+
+    #[inline]
+    fn put_payload(&mut self, format: Format, span: &Option<Span>, place: &mut Option<Payload>) {
+        match span {
+            None => *place = None,
+            Some(span) if Raw::is_short(span) => {
+                let payload = place.get_or_insert_with(|| Payload::new(format, Raw::default()));
+                self.fill(span, payload.raw_mut(format));
+            }
+            Some(span) => *place = Some(Payload::new(format, Raw::from(self.share().slice(span.clone())))),
+        }
+    }
+
+    #[inline]
+    fn fill(&self, span: &Span, raw: &mut Raw) {
+        let (bytes, at) = self.bytes_at();
+        raw.fill(bytes, at + span.start..at + span.end);
+    }
+
     /// The bytes at `span`, when nothing else is wanted.
     #[inline]
     fn into_raw(mut self, span: Range<usize>) -> Raw {
@@ -202,11 +230,17 @@ impl<'a> Frame<'a> {
 
     #[inline]
     fn short(&self, span: &Range<usize>) -> Raw {
-        let (bytes, at): (&[u8], usize) = match &self.buffered {
+        let (bytes, at) = self.bytes_at();
+        Raw::cut(bytes, at + span.start..at + span.end)
+    }
+
+    /// Bytes that the message is in, and where it begins there.
+    #[inline]
+    fn bytes_at(&self) -> (&[u8], usize) {
+        match &self.buffered {
             Some((buf, body)) => (buf, body.start),
             None => (&self.own, 0),
-        };
-        Raw::cut(bytes, at + span.start..at + span.end)
+        }
     }
 
     fn share(&mut self) -> &mut Bytes {
@@ -257,10 +291,15 @@ fn request(mut frame: Frame<'_>, format: Format, members: &Members<4>, packet: &
         *packet = IncomingPacket { data, ..IncomingPacket::default() };
         return;
     }
-    packet.pattern = pattern.as_ref().map(|span| frame.raw(span.clone()));
-    packet.id = id.as_ref().map(|span| frame.raw(span.clone()));
-    packet.metadata = metadata.as_ref().map(|span| Payload::new(format, frame.raw(span.clone())));
-    packet.data = data.as_ref().map(|span| Payload::new(format, frame.into_raw(span.clone())));
+    frame.put(pattern, &mut packet.pattern);
+    frame.put(id, &mut packet.id);
+    frame.put_payload(format, metadata, &mut packet.metadata);
+    match data {
+        Some(span) if !Raw::is_short(span) => {
+            packet.data = Some(Payload::new(format, frame.into_raw(span.clone())));
+        }
+        data => frame.put_payload(format, data, &mut packet.data),
+    }
 }
 
 fn response(mut frame: Frame<'_>, format: Format, members: Members<5>, rules: &ValueRules) -> ResponsePacket {

@@ -61,6 +61,17 @@ impl Inline {
         Self { bytes, len }
     }
 
+    /// Becomes what [`cut`](Self::cut) gives, written where it is.
+    #[inline]
+    fn fill(&mut self, frame: &[u8], span: std::ops::Range<usize>) {
+        let len = span.len();
+        match frame[span.start..].first_chunk() {
+            Some(bytes) => self.bytes = *bytes,
+            None => self.bytes[..len].copy_from_slice(&frame[span]),
+        }
+        self.len = NonZeroUsize::MIN.saturating_add(len);
+    }
+
     fn bytes(&self) -> &[u8] {
         self.bytes.get(..self.len.get() - 1).unwrap_or_default()
     }
@@ -101,6 +112,16 @@ impl Raw {
     #[inline]
     pub(crate) fn cut(frame: &[u8], span: std::ops::Range<usize>) -> Self {
         Raw(RawBytes::Inline(Inline::cut(frame, span)))
+    }
+
+    /// Becomes a copy of the value at `span` of a frame, which is known to be short. It is written where it is: read back so
+    /// soon to be moved, it would have to be waited for.
+    #[inline]
+    pub(crate) fn fill(&mut self, frame: &[u8], span: std::ops::Range<usize>) {
+        match &mut self.0 {
+            RawBytes::Inline(inline) => inline.fill(frame, span),
+            RawBytes::Shared(_) => *self = Self::cut(frame, span),
+        }
     }
 
     /// A copy of the value at `span` of a frame, if it is short.
@@ -440,6 +461,12 @@ mod tests {
                 let inline = Raw::inline(&frame[start..start + len]);
                 assert_eq!(inline.is_some(), len <= RAW_INLINE);
                 assert!(inline.is_none_or(|inline| inline == raw));
+                if len <= RAW_INLINE {
+                    for mut other in [Raw::default(), Raw::from(frame.clone()), Raw::slice(&frame, 0..32)] {
+                        other.fill(&frame, start..start + len);
+                        assert_eq!(other, raw);
+                    }
+                }
             }
         }
         assert!(Raw::default().is_empty());

@@ -91,6 +91,12 @@ impl Payload {
         Payload { format, bytes: bytes.into() }
     }
 
+    /// Its bytes, to be filled in place.
+    pub(crate) fn raw_mut(&mut self, format: Format) -> &mut Raw {
+        self.format = format;
+        &mut self.bytes
+    }
+
     /// Encodes a value. JSON is spelled as JavaScript would (see [`json::JsFormatter`]); structs become maps in
     /// MessagePack too.
     ///
