@@ -17,7 +17,7 @@ use martlet_core::error::SessionError;
 use martlet_core::pattern::Route;
 use martlet_core::transport::PacketId;
 use parking_lot::Mutex;
-use tokio::io::AsyncWrite;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
 use crate::driver::{
@@ -467,6 +467,18 @@ impl Link {
     pub(crate) fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         // The other end may be gone already.
         Pin::new(&mut self.stream).poll_shutdown(cx).map(drop)
+    }
+
+    /// After DISCONNECT: reads and discards until the broker has closed its side, and so has taken all that was written.
+    pub(crate) fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut discard = [0; 4096];
+        loop {
+            let mut read = ReadBuf::new(&mut discard);
+            match std::task::ready!(Pin::new(&mut self.stream).poll_read(cx, &mut read)) {
+                Ok(()) if !read.filled().is_empty() => {}
+                _ => return Poll::Ready(()),
+            }
+        }
     }
 
     /// Reads what there is, within bounds. The end of the connection is kept until it is asked for.

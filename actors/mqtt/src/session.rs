@@ -526,6 +526,12 @@ impl SessionReader<MqttReplyTo> for MqttReader {
     fn drain(&mut self) {
         self.shared.borrow_mut().drain();
     }
+
+    /// MQTT-18: a session that follows at once could else overtake the last acknowledgements of this one in the broker, and
+    /// get their messages again.
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.shared.borrow_mut().link.poll_linger(cx)
+    }
 }
 
 // === impl SessionWriter ===

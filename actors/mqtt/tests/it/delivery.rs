@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use martlet_core::settlement::{FailurePolicy, LastResort, RetryPolicy};
@@ -12,13 +12,15 @@ use martlet_core::{
     ClientProxy, ConnectionStatus, Ctx, Data, HandlerGroup, Microservice, RpcError, StartError, event,
 };
 use martlet_mqtt::{
-    MqttClient, MqttContext, MqttQos, MqttRecordBuilder, MqttServer, MqttServerOptions, MqttSubscribeOptions,
+    MqttClient, MqttClientOptions, MqttContext, MqttQos, MqttRecordBuilder, MqttServer, MqttServerOptions,
+    MqttSubscribeOptions,
 };
 use martlet_testkit::broker::Broker;
 use martlet_testkit::relay::Relay;
 use parking_lot::Mutex;
 use rumqttc_v5::mqttbytes::QoS;
 use rumqttc_v5::mqttbytes::v5::{Packet, PubAckReason, PubRecReason, PubRel, Publish};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::raw::Raw;
 use crate::world::{
@@ -469,4 +471,32 @@ async fn events_that_were_not_acknowledged_are_published_again_after_a_cut() {
     until("everything has come", || seen.lock().len() as u64 == EVENTS).await;
     client.close().await;
     service.stop(GRACE).await;
+}
+
+/// MQTT-18: what follows a session cannot overtake its last acknowledgements in the broker.
+#[actix::test]
+async fn a_session_ends_when_the_broker_has_taken_its_goodbye() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let options = MqttClientOptions::new().url(format!("mqtt://127.0.0.1:{port}"));
+    let client = MqttClient::new(options);
+    let broker = async {
+        let (mut line, _) = listener.accept().await.unwrap();
+        let mut packets = vec![0; 1024];
+        assert!(line.read(&mut packets).await.unwrap() > 0);
+        line.write_all(&[0x20, 2, 0, 0]).await.unwrap();
+        // DISCONNECT, and the end.
+        let mut last = Vec::new();
+        line.read_to_end(&mut last).await.unwrap();
+        assert_eq!(last, [0xe0, 0]);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        Instant::now()
+    };
+    let caller = async {
+        client.connect().await.unwrap();
+        client.close().await;
+        Instant::now()
+    };
+    let (taken, ended) = futures::join!(broker, caller);
+    assert!(ended >= taken, "{:?} before the broker", taken - ended);
 }
