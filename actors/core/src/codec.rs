@@ -405,11 +405,16 @@ impl Codec for JsonCodec {
     }
 
     fn read_request(&self, frame: Frame<'_>, packet: &mut IncomingPacket) -> Result<(), CodecError> {
-        let members = match json::nest_request(&frame, frame.is_ascii) {
+        let (usual, other);
+        usual = json::nest_request(&frame, frame.is_ascii);
+        let members = match &usual {
             Some(members) => members,
-            None => json::members(&frame, &REQUEST).map_err(CodecError::Json)?,
+            None => {
+                other = json::members(&frame, &REQUEST).map_err(CodecError::Json)?;
+                &other
+            }
         };
-        request(frame, Format::Json, &members, packet);
+        request(frame, Format::Json, members, packet);
         Ok(())
     }
 

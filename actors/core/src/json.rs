@@ -17,7 +17,7 @@
 use std::io;
 use std::ops::Range;
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 
 use bytes::{BufMut, BytesMut};
 use serde::Serialize;
@@ -78,35 +78,53 @@ thread_local! {
 ///
 /// As [`to_vec`].
 pub(crate) fn to_raw<T: Serialize + ?Sized>(value: &T) -> Result<Raw, serde_json::Error> {
+    let mut raw = Raw::default();
+    put_raw(value, &mut raw)?;
+    Ok(raw)
+}
+
+/// As [`to_raw`], to where it stays.
+pub(crate) fn put_raw<T: Serialize + ?Sized>(value: &T, place: &mut Raw) -> Result<(), serde_json::Error> {
     SCRATCH.with(|scratch| match scratch.try_borrow_mut() {
-        Ok(mut scratch) => scratch.raw_of(value),
+        Ok(mut scratch) => scratch.put(value, place),
         // Serializing runs foreign code, which may come back here.
-        Err(_) => to_vec(value).map(Raw::from),
+        Err(_) => {
+            *place = to_vec(value).map(Raw::from)?;
+            Ok(())
+        }
     })
 }
 
 impl Scratch {
-    fn raw_of<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<Raw, serde_json::Error> {
+    fn put<T: Serialize + ?Sized>(&mut self, value: &T, place: &mut Raw) -> Result<(), serde_json::Error> {
         // The last value may have failed, or panicked, half-way.
         self.out.clear();
         self.out.shrink_to(SCRATCH_BYTES);
         value.serialize(&mut serde_json::Serializer::with_formatter(&mut self.out, JsFormatter))?;
-        if let Some(short) = Raw::inline(&self.out) {
-            return Ok(short);
+        let len = self.out.len();
+        if Raw::is_short(&(0..len)) {
+            place.fill(&self.out, 0..len);
+            return Ok(());
         }
+        *place = self.long();
+        Ok(())
+    }
+
+    /// What was written, which is not short.
+    fn long(&mut self) -> Raw {
         let len = self.out.len();
         if len > SCRATCH_BYTES {
-            return Ok(Raw::from(std::mem::take(&mut self.out)));
+            return Raw::from(std::mem::take(&mut self.out));
         }
         if len > SCRATCH_BYTES / 16 {
-            return Ok(Raw::from(self.out.clone()));
+            return Raw::from(self.out.clone());
         }
         let pool = match &mut self.pool {
             Some(pool) if pool.capacity() >= len => pool,
             pool => pool.insert(BytesMut::with_capacity(SCRATCH_BYTES)),
         };
         pool.put_slice(&self.out);
-        Ok(Raw::from(pool.split().freeze()))
+        Raw::from(pool.split().freeze())
     }
 }
 
@@ -283,7 +301,7 @@ type LastObject = ([u8; LAST_OBJECT_BYTES], u8);
 const LAST_OBJECT_BYTES: usize = 62;
 
 thread_local! {
-    static LAST_OBJECT: Cell<LastObject> = const { Cell::new(([0; LAST_OBJECT_BYTES], 0)) };
+    static LAST_OBJECT: RefCell<LastObject> = const { RefCell::new(([0; LAST_OBJECT_BYTES], 0)) };
 }
 
 /// The members `pattern`, `data`, `id`, `metadata` of a packet that is laid out as NestJS lays it out:
@@ -323,11 +341,14 @@ pub(crate) fn nest_request(text: &[u8], is_ascii: bool) -> Option<Members<4>> {
 
 /// The end of an object that starts at `start`; one that is the same as the last one is not walked.
 fn pattern_object(scanner: &Scanner<'_>, start: usize) -> Option<usize> {
-    let (last, len) = LAST_OBJECT.get();
-    let len = usize::from(len);
-    if len > 0 && scanner.text.get(start..start + len) == last.get(..len) {
+    // Compared where it is: a copy would have to be waited for.
+    let known = LAST_OBJECT.with_borrow(|(last, len)| {
+        let len = usize::from(*len);
+        (len > 0 && scanner.text.get(start..start + len) == last.get(..len)).then_some(start + len)
+    });
+    if known.is_some() {
         // An object ends with its brace, whatever follows.
-        return Some(start + len);
+        return known;
     }
     let end = scanner.value(start).ok()?;
     let mut last = [0; LAST_OBJECT_BYTES];

@@ -113,6 +113,25 @@ impl Payload {
         Ok(Payload { format, bytes })
     }
 
+    /// As [`Payload::encode`], to where it stays. After an error nothing good is there.
+    pub(crate) fn encode_into<T: Serialize + ?Sized>(
+        format: Format,
+        value: &T,
+        place: &mut Option<Self>,
+    ) -> Result<(), EncodeError> {
+        match format {
+            Format::Json => {
+                let payload = place.get_or_insert_with(|| Payload::new(format, Raw::default()));
+                json::put_raw(value, payload.raw_mut(format))
+                    .map_err(|source| EncodeError::new(format, source))
+            }
+            Format::MessagePack => {
+                *place = Some(Self::encode(format, value)?);
+                Ok(())
+            }
+        }
+    }
+
     /// The value null.
     pub fn null(format: Format) -> Self {
         let bytes: &'static [u8] = match format {

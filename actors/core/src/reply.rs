@@ -77,12 +77,12 @@ impl<T: Serialize + 'static> IntoReply for T {
         if TypeId::of::<T>() == TypeId::of::<()>() {
             return None;
         }
-        match Payload::encode(format, &self) {
-            Ok(payload) => {
-                *place = Some(payload);
-                None
+        match Payload::encode_into(format, &self, place) {
+            Ok(()) => None,
+            Err(error) => {
+                *place = None;
+                Some(Err(error.into()))
             }
-            Err(error) => Some(Err(error.into())),
         }
     }
 }
