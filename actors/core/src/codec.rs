@@ -181,66 +181,36 @@ impl<'a> Frame<'a> {
     #[inline]
     pub fn raw(&mut self, span: Range<usize>) -> Raw {
         assert!(span.start <= span.end && span.end <= self.len(), "the value is not in the message");
-        if Raw::is_short(&span) {
-            return self.short(&span);
-        }
-        Raw::from(self.share().slice(span))
+        let mut raw = Raw::default();
+        self.put(&span, &mut raw);
+        raw
     }
 
-    /// Puts the bytes at `span` into their place.
+    /// Puts the bytes at `span` where they stay.
     #[inline]
-    fn put(&mut self, span: &Option<Span>, place: &mut Option<Raw>) {
-        match span {
-            None => *place = None,
-            Some(span) if Raw::is_short(span) => self.fill(span, place.get_or_insert_default()),
-            Some(span) => *place = Some(Raw::from(self.share().slice(span.clone()))),
+    fn put(&mut self, span: &Span, place: &mut Raw) {
+        if Raw::is_short(span) {
+            let (bytes, at) = match &self.buffered {
+                Some((buf, body)) => (&buf[..], body.start),
+                None => (&self.own[..], 0),
+            };
+            place.fill(bytes, at + span.start..at + span.end);
+        } else {
+            *place = Raw::from(self.share().slice(span.clone()));
         }
-    }
-
-    #[inline]
-    fn put_payload(&mut self, format: Format, span: &Option<Span>, place: &mut Option<Payload>) {
-        match span {
-            None => *place = None,
-            Some(span) if Raw::is_short(span) => {
-                let payload = place.get_or_insert_with(|| Payload::new(format, Raw::default()));
-                self.fill(span, payload.raw_mut(format));
-            }
-            Some(span) => *place = Some(Payload::new(format, Raw::from(self.share().slice(span.clone())))),
-        }
-    }
-
-    #[inline]
-    fn fill(&self, span: &Span, raw: &mut Raw) {
-        let (bytes, at) = self.bytes_at();
-        raw.fill(bytes, at + span.start..at + span.end);
     }
 
     /// The bytes at `span`, when nothing else is wanted.
     #[inline]
     fn into_raw(mut self, span: Range<usize>) -> Raw {
         if Raw::is_short(&span) {
-            return self.short(&span);
+            return self.raw(span);
         }
         // It takes the whole over: one reference is all that it needs.
         let mut bytes = std::mem::take(self.share());
         bytes.truncate(span.end);
         bytes.advance(span.start);
         Raw::from(bytes)
-    }
-
-    #[inline]
-    fn short(&self, span: &Range<usize>) -> Raw {
-        let (bytes, at) = self.bytes_at();
-        Raw::cut(bytes, at + span.start..at + span.end)
-    }
-
-    /// Bytes that the message is in, and where it begins there.
-    #[inline]
-    fn bytes_at(&self) -> (&[u8], usize) {
-        match &self.buffered {
-            Some((buf, body)) => (buf, body.start),
-            None => (&self.own, 0),
-        }
     }
 
     fn share(&mut self) -> &mut Bytes {
@@ -291,14 +261,24 @@ fn request(mut frame: Frame<'_>, format: Format, members: &Members<4>, packet: &
         *packet = IncomingPacket { data, ..IncomingPacket::default() };
         return;
     }
-    frame.put(pattern, &mut packet.pattern);
-    frame.put(id, &mut packet.id);
-    frame.put_payload(format, metadata, &mut packet.metadata);
-    match data {
-        Some(span) if !Raw::is_short(span) => {
-            packet.data = Some(Payload::new(format, frame.into_raw(span.clone())));
+    for (span, place) in [(pattern, &mut packet.pattern), (id, &mut packet.id)] {
+        match span {
+            Some(span) => frame.put(span, place.get_or_insert_default()),
+            None => *place = None,
         }
-        data => frame.put_payload(format, data, &mut packet.data),
+    }
+    let empty = || Payload::new(format, Raw::default());
+    match metadata {
+        Some(span) => frame.put(span, packet.metadata.get_or_insert_with(empty).raw_mut(format)),
+        None => packet.metadata = None,
+    }
+    match data {
+        Some(span) if Raw::is_short(span) => {
+            frame.put(span, packet.data.get_or_insert_with(empty).raw_mut(format));
+        }
+        // The frame itself becomes the data: one reference is all a request needs.
+        Some(span) => packet.data = Some(Payload::new(format, frame.into_raw(span.clone()))),
+        None => packet.data = None,
     }
 }
 

@@ -121,7 +121,7 @@ where
     fn call(&self, request: Request) -> Outcome {
         let mut place = None;
         let outcome = self.call_in_place(request, &mut place);
-        outcome.unwrap_or_else(|| Outcome::Ready(Ok(place.map_or(Reply::Empty, Reply::Value))))
+        outcome.unwrap_or_else(|| Outcome::Ready(Ok(Reply::in_place(place))))
     }
 
     fn call_in_place(&self, request: Request, place: &mut Option<Payload>) -> Option<Outcome> {
@@ -132,7 +132,7 @@ where
                 let answer = future.await;
                 let mut place = None;
                 let result = H::put(answer, format, &mut place);
-                result.unwrap_or_else(|| Ok(place.map_or(Reply::Empty, Reply::Value)))
+                result.unwrap_or_else(|| Ok(Reply::in_place(place)))
             }))),
         }
     }
@@ -224,21 +224,8 @@ pub trait HandlerOutput<Kind> {
 
 /// What a handler answers with, once it is there.
 pub trait Answer<Kind> {
-    /// The handler's result.
-    ///
-    /// # Errors
-    ///
-    /// The failure of the handler.
-    fn into_answer(self, format: Format) -> HandlerResult;
-
-    /// The same, or leaves a plain value in `place` and returns `None`: see [`Endpoint::call_in_place`].
-    #[doc(hidden)]
-    fn put_answer(self, format: Format, _place: &mut Option<Payload>) -> Option<HandlerResult>
-    where
-        Self: Sized,
-    {
-        Some(self.into_answer(format))
-    }
+    /// The handler's result; or leaves a plain value in `place` and returns `None`: see [`Endpoint::call_in_place`].
+    fn put_answer(self, format: Format, place: &mut Option<Payload>) -> Option<HandlerResult>;
 }
 
 /// The kinds of what functions return. They are never written, only found.
@@ -292,10 +279,6 @@ where
 }
 
 impl<O: IntoOutcome> Answer<kind::Single> for O {
-    fn into_answer(self, format: Format) -> HandlerResult {
-        self.into_outcome(format)
-    }
-
     fn put_answer(self, format: Format, place: &mut Option<Payload>) -> Option<HandlerResult> {
         self.put_outcome(format, place)
     }
@@ -306,8 +289,8 @@ where
     S: Stream + 'static,
     S::Item: Serialize,
 {
-    fn into_answer(self, format: Format) -> HandlerResult {
-        Streaming(self).into_reply(format)
+    fn put_answer(self, format: Format, _: &mut Option<Payload>) -> Option<HandlerResult> {
+        Some(Streaming(self).into_reply(format))
     }
 }
 
@@ -317,8 +300,8 @@ where
     T: Serialize,
     E: Into<RpcError>,
 {
-    fn into_answer(self, format: Format) -> HandlerResult {
-        TryStreaming(self).into_reply(format)
+    fn put_answer(self, format: Format, _: &mut Option<Payload>) -> Option<HandlerResult> {
+        Some(TryStreaming(self).into_reply(format))
     }
 }
 
@@ -327,7 +310,10 @@ where
     S: Stream + Answer<Kind>,
     E: Into<RpcError>,
 {
-    fn into_answer(self, format: Format) -> HandlerResult {
-        self.map_err(Into::into)?.into_answer(format)
+    fn put_answer(self, format: Format, place: &mut Option<Payload>) -> Option<HandlerResult> {
+        match self {
+            Ok(stream) => stream.put_answer(format, place),
+            Err(error) => Some(Err(error.into())),
+        }
     }
 }

@@ -58,7 +58,7 @@ pub fn to_vec<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, serde_json::E
     Ok(out)
 }
 
-/// How much [`to_raw`] allocates at once for the small values that follow each other.
+/// How much [`put_raw`] allocates at once for the small values that follow each other.
 const SCRATCH_BYTES: usize = 4096;
 
 /// Where a value is written, and what the bytes of small ones are cut from.
@@ -71,19 +71,12 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { out: Vec::new(), pool: None }) };
 }
 
-/// Serializes `value`, spelled as JavaScript would. Small values of one thread share allocations of 4 KiB, if they need
+/// Serializes `value` to where it stays, spelled as JavaScript would. Small values of one thread share allocations of 4 KiB, if they need
 /// any.
 ///
 /// # Errors
 ///
 /// As [`to_vec`].
-pub(crate) fn to_raw<T: Serialize + ?Sized>(value: &T) -> Result<Raw, serde_json::Error> {
-    let mut raw = Raw::default();
-    put_raw(value, &mut raw)?;
-    Ok(raw)
-}
-
-/// As [`to_raw`], to where it stays.
 pub(crate) fn put_raw<T: Serialize + ?Sized>(value: &T, place: &mut Raw) -> Result<(), serde_json::Error> {
     SCRATCH.with(|scratch| match scratch.try_borrow_mut() {
         Ok(mut scratch) => scratch.put(value, place),
@@ -972,6 +965,11 @@ mod tests {
     }
 
     const NAMES: [&str; 4] = ["pattern", "data", "id", "metadata"];
+
+    fn to_raw<T: Serialize + ?Sized>(value: &T) -> Result<Raw, serde_json::Error> {
+        let mut raw = Raw::default();
+        put_raw(value, &mut raw).map(|()| raw)
+    }
 
     #[test]
     fn bytes_are_written_where_others_are_and_after_one_that_failed() {

@@ -104,29 +104,21 @@ impl Payload {
     ///
     /// [`EncodeError`] if `value` cannot be expressed in the format.
     pub fn encode<T: Serialize + ?Sized>(format: Format, value: &T) -> Result<Self, EncodeError> {
-        let bytes = match format {
-            Format::Json => json::to_raw(value).map_err(|source| EncodeError::new(format, source))?,
-            Format::MessagePack => {
-                rmp_serde::to_vec_named(value).map_err(|source| EncodeError::new(format, source))?.into()
-            }
-        };
-        Ok(Payload { format, bytes })
+        let mut payload = Payload::new(format, Raw::default());
+        payload.fill(value)?;
+        Ok(payload)
     }
 
-    /// As [`Payload::encode`], to where it stays. After an error nothing good is there.
-    pub(crate) fn encode_into<T: Serialize + ?Sized>(
-        format: Format,
-        value: &T,
-        place: &mut Option<Self>,
-    ) -> Result<(), EncodeError> {
-        match format {
+    /// Encodes a value in this payload's format to where it stays. After an error nothing good is there.
+    pub(crate) fn fill<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), EncodeError> {
+        match self.format {
             Format::Json => {
-                let payload = place.get_or_insert_with(|| Payload::new(format, Raw::default()));
-                json::put_raw(value, payload.raw_mut(format))
-                    .map_err(|source| EncodeError::new(format, source))
+                json::put_raw(value, &mut self.bytes).map_err(|source| EncodeError::new(Format::Json, source))
             }
             Format::MessagePack => {
-                *place = Some(Self::encode(format, value)?);
+                let packed = rmp_serde::to_vec_named(value)
+                    .map_err(|source| EncodeError::new(Format::MessagePack, source))?;
+                self.bytes = packed.into();
                 Ok(())
             }
         }

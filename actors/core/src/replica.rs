@@ -319,6 +319,12 @@ pub(crate) enum Begun {
     Answered,
     /// It is done.
     Ended(End),
+    /// It is not done.
+    GoesOn(Rest),
+}
+
+/// What is left to be done for a request.
+pub(crate) enum Rest {
     /// It goes on as a task.
     Unfinished(Box<Unfinished>),
     /// The handler has as many requests as it may run at once.
@@ -338,13 +344,13 @@ pub(crate) const NOTHING: ResponseBody = ResponseBody::Last(None);
 
 impl Begun {
     /// How it ended, if it did; with `body` as it was filled.
-    pub(crate) fn ended(self, body: &mut ResponseBody) -> Result<End, Self> {
+    pub(crate) fn ended(self, body: &mut ResponseBody) -> Result<End, Rest> {
         match self {
             Self::Answered => {
                 Ok(End { body: std::mem::replace(body, NOTHING), headers: None, failed: false })
             }
             Self::Ended(end) => Ok(end),
-            begun => Err(begun),
+            Self::GoesOn(rest) => Err(rest),
         }
     }
 }
@@ -362,17 +368,15 @@ impl Replica {
         let mut body = NOTHING;
         match self.begin(index, request, &mut body).ended(&mut body) {
             Ok(end) => turn.end(duty, end),
-            Err(begun) => self.go_on_with(index, begun, duty.into_responder(&turn.scope)),
+            Err(rest) => self.go_on_with(index, rest, duty.into_responder(&turn.scope)),
         }
     }
 
     /// Goes on with what has been begun, now that it has its responder.
-    pub(crate) fn go_on_with(self: &Rc<Self>, index: u32, begun: Begun, responder: Responder) {
-        match begun {
-            Begun::Answered => responder.finish(NOTHING, None, false),
-            Begun::Ended(End { body, headers, failed }) => responder.finish(body, headers, failed),
-            Begun::Unfinished(rest) => self.go_on(index, *rest, responder),
-            Begun::MustWait(request) => self.wait(index, request, responder),
+    pub(crate) fn go_on_with(self: &Rc<Self>, index: u32, rest: Rest, responder: Responder) {
+        match rest {
+            Rest::Unfinished(rest) => self.go_on(index, *rest, responder),
+            Rest::MustWait(request) => self.wait(index, request, responder),
         }
     }
 
@@ -381,7 +385,7 @@ impl Replica {
         let mut body = NOTHING;
         match self.begin(index, request, &mut body).ended(&mut body) {
             Ok(End { body, headers, failed }) => responder.finish(body, headers, failed),
-            Err(begun) => self.go_on_with(index, begun, responder),
+            Err(rest) => self.go_on_with(index, rest, responder),
         }
     }
 
@@ -389,7 +393,7 @@ impl Replica {
     pub(crate) fn begin(self: &Rc<Self>, index: u32, request: Request, body: &mut ResponseBody) -> Begun {
         let handler = &self.handlers[index as usize];
         match handler.concurrency {
-            Some(max) if handler.running.get() >= max => Begun::MustWait(request),
+            Some(max) if handler.running.get() >= max => Begun::GoesOn(Rest::MustWait(request)),
             _ => self.begin_now(index, request, body),
         }
     }
@@ -487,7 +491,7 @@ impl Replica {
             }
             Some(Outcome::Future(future) | Outcome::Started(future)) => Job::Future(future),
         };
-        Begun::Unfinished(Box::new(Unfinished { job, data, deadline, ambient }))
+        Begun::GoesOn(Rest::Unfinished(Box::new(Unfinished { job, data, deadline, ambient })))
     }
 
     /// Answers a result that is not a stream.

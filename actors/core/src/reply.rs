@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::error::RpcError;
 use crate::headers::Headers;
+use crate::packet::Raw;
 use crate::payload::{Format, Payload};
 
 /// How a handler ended.
@@ -26,6 +27,13 @@ pub enum Reply {
     Record(Payload, Headers),
     /// A value per item, then completion. An error ends it.
     Stream(LocalBoxStream<'static, Result<Payload, RpcError>>),
+}
+
+impl Reply {
+    /// What an answer that was left in its place is.
+    pub(crate) fn in_place(place: Option<Payload>) -> Self {
+        place.map_or(Self::Empty, Self::Value)
+    }
 }
 
 impl fmt::Debug for Reply {
@@ -70,14 +78,14 @@ pub trait IntoReply {
 impl<T: Serialize + 'static> IntoReply for T {
     fn into_reply(self, format: Format) -> HandlerResult {
         let mut place = None;
-        self.put_reply(format, &mut place).unwrap_or_else(|| Ok(place.map_or(Reply::Empty, Reply::Value)))
+        self.put_reply(format, &mut place).unwrap_or_else(|| Ok(Reply::in_place(place)))
     }
 
     fn put_reply(self, format: Format, place: &mut Option<Payload>) -> Option<HandlerResult> {
         if TypeId::of::<T>() == TypeId::of::<()>() {
             return None;
         }
-        match Payload::encode_into(format, &self, place) {
+        match place.insert(Payload::new(format, Raw::default())).fill(&self) {
             Ok(()) => None,
             Err(error) => {
                 *place = None;

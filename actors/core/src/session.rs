@@ -28,7 +28,7 @@ use crate::in_flight::{End, LastWords, Owed, Shared, Slot, SlotRoute};
 use crate::packet::{IncomingPacket, Raw, ResponseBody, ResponsePacket, ShortReply};
 use crate::pattern::Route;
 use crate::payload::Format;
-use crate::replica::{Begun, NOTHING, Replica};
+use crate::replica::{Begun, NOTHING, Replica, Rest};
 use crate::request::{MessageKind, Request, Scope, ServerScope, TIMEOUT_KEY};
 use crate::responder::{ChainSink, ReplySink, RequestKey, Responder};
 use crate::retry::{Attempt, Retrial, RetryQueue};
@@ -820,9 +820,9 @@ impl<S: Session> Loop<S> {
                 Begun::Ended(End { body, headers, .. }) => {
                     (response.body, response.headers) = (body, headers);
                 }
-                begun => {
+                Begun::GoesOn(rest) => {
                     let slot = Slot::new(kind, response.reply_to, response.id, route, 1);
-                    self.admit(&replica, endpoint, begun, key, slot);
+                    self.admit(&replica, endpoint, rest, key, slot);
                     return Ok(());
                 }
             }
@@ -880,8 +880,8 @@ impl<S: Session> Loop<S> {
         let mut body = NOTHING;
         let end = match replica.begin(endpoint, request, &mut body).ended(&mut body) {
             Ok(end) => end,
-            Err(begun) => {
-                self.admit(replica, endpoint, begun, key, slot);
+            Err(rest) => {
+                self.admit(replica, endpoint, rest, key, slot);
                 return Ok(());
             }
         };
@@ -914,14 +914,14 @@ impl<S: Session> Loop<S> {
         &mut self,
         replica: &Rc<Replica>,
         endpoint: u32,
-        begun: Begun,
+        rest: Rest,
         key: RequestKey,
         slot: Slot<S::ReplyTo>,
     ) {
         self.env.control.admitted.add(1);
         self.shared.admit_called(key, slot);
         let responder = Responder::new(Arc::clone(&self.sink), key, self.env.transport.format);
-        replica.go_on_with(endpoint, begun, responder);
+        replica.go_on_with(endpoint, rest, responder);
     }
 
     /// Hands a request that has its slot to each of several handlers.

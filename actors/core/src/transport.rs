@@ -244,7 +244,8 @@ impl OutboundMessage {
 #[non_exhaustive]
 pub enum Settlement {
     /// Every handler finished without an error, and there is a [`FailurePolicy`](crate::settlement::FailurePolicy); or it
-    /// is a request whose caller has cancelled it before it failed, whatever the policy.
+    /// is a request that nobody waits for any more and that has not failed (its caller has cancelled it, or an item of its
+    /// stream could not be written), whatever the policy.
     Done,
     /// Every handler finished without an error, and there is no policy: what NestJS does.
     Finished,

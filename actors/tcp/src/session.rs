@@ -12,6 +12,7 @@ use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -402,6 +403,10 @@ impl TcpReader {
             return None;
         }
         let body = self.framing.peek(&self.buf, &self.frame, &self.limits.frame)?;
+        self.short_reply_at(&body)
+    }
+
+    fn short_reply_at(&mut self, body: &Range<usize>) -> Option<ShortReply> {
         let reply = self.codec.decode_short_response(&self.buf[body.clone()])?;
         self.buf.advance(body.end);
         self.extensions.peer_answered.set(true);
@@ -410,16 +415,16 @@ impl TcpReader {
 
     /// Reads the next packet, if it has arrived whole.
     fn next_packet(&mut self, packet: &mut IncomingPacket) -> Result<Option<Packet>, String> {
-        let (codec, limits) = (&*self.codec, &self.limits.frame);
+        let limits = &self.limits.frame;
         let frame = match self.framing.peek(&self.buf, &self.frame, limits) {
-            Some(body) => match self.role {
-                Role::Client if let Some(reply) = codec.decode_short_response(&self.buf[body.clone()]) => {
-                    self.buf.advance(body.end);
-                    self.extensions.peer_answered.set(true);
+            Some(body) => {
+                if self.role == Role::Client
+                    && let Some(reply) = self.short_reply_at(&body)
+                {
                     return Ok(Some(Packet::Arrival(Inbound::Reply(reply))));
                 }
-                _ => Frame::in_buffer(&mut self.buf, body).ascii(),
-            },
+                Frame::in_buffer(&mut self.buf, body).ascii()
+            }
             None => match self.framing.decode(&mut self.buf, &mut self.frame, limits) {
                 Ok(Some(frame)) => Frame::from(frame),
                 Ok(None) => return Ok(None),
@@ -427,12 +432,12 @@ impl TcpReader {
             },
         };
         Ok(Some(match self.role {
-            Role::Server => match codec.read_request(frame, packet) {
+            Role::Server => match self.codec.read_request(frame, packet) {
                 Ok(()) => Packet::Arrival(self.request(packet)),
                 Err(error) => return Err(error.to_string()),
             },
             // TCP-17, TCP-27.
-            Role::Client => match codec.decode_response(frame) {
+            Role::Client => match self.codec.decode_response(frame) {
                 Ok(packet) => self.response(packet),
                 Err(error) => return Err(error.to_string()),
             },
