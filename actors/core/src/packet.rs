@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::json;
 use crate::pattern::{Pattern, Route};
-use crate::payload::Payload;
+use crate::payload::{Format, Payload};
 use crate::transport::PacketId;
 
 /// The error text NestJS sends when no handler matches, verbatim.
@@ -78,6 +78,12 @@ impl Inline {
 }
 
 impl Raw {
+    /// A text as a value of a format: an id, as it stands in a packet.
+    pub fn text(format: Format, text: &str) -> Self {
+        // A text always encodes.
+        Payload::encode(format, text).map(Payload::into_raw).unwrap_or_default()
+    }
+
     /// The value at `span` of a frame.
     ///
     /// # Panics
@@ -437,7 +443,6 @@ impl<'de> Deserialize<'de> for Metadata {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::payload::Format;
 
     #[track_caller]
     fn check_metadata(json: &str, expected: &[(&str, &str)]) {
@@ -470,6 +475,8 @@ mod tests {
             }
         }
         assert!(Raw::default().is_empty());
+        assert_eq!(&*Raw::text(Format::Json, "a\"b"), br#""a\"b""#);
+        assert_eq!(&*Raw::text(Format::MessagePack, "abc"), b"\xa3abc");
         assert_eq!(size_of::<Raw>(), RAW_INLINE + size_of::<usize>());
     }
 

@@ -12,9 +12,12 @@
 use std::any::Any;
 use std::fmt;
 use std::future::Future;
+use std::io;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
+
+use tokio::io::ReadBuf;
 
 use crate::error::SessionError;
 use crate::headers::Headers;
@@ -492,6 +495,18 @@ pub enum WriteError {
 impl From<SessionError> for WriteError {
     fn from(error: SessionError) -> Self {
         Self::Session(error)
+    }
+}
+
+/// Reads and discards until the other end has closed: for [`SessionReader::poll_linger`]. `read` reads once.
+pub fn poll_discard(mut read: impl FnMut(&mut ReadBuf<'_>) -> Poll<io::Result<()>>) -> Poll<()> {
+    let mut discard = [0; 4096];
+    loop {
+        let mut buffer = ReadBuf::new(&mut discard);
+        match std::task::ready!(read(&mut buffer)) {
+            Ok(()) if !buffer.filled().is_empty() => {}
+            _ => return Poll::Ready(()),
+        }
     }
 }
 

@@ -15,9 +15,9 @@ use std::time::Duration;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use martlet_core::error::SessionError;
 use martlet_core::pattern::Route;
-use martlet_core::transport::PacketId;
+use martlet_core::transport::{PacketId, poll_discard};
 use parking_lot::Mutex;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, Sleep};
 
 use crate::driver::{
@@ -471,14 +471,7 @@ impl Link {
 
     /// After DISCONNECT: reads and discards until the broker has closed its side, and so has taken all that was written.
     pub(crate) fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let mut discard = [0; 4096];
-        loop {
-            let mut read = ReadBuf::new(&mut discard);
-            match std::task::ready!(Pin::new(&mut self.stream).poll_read(cx, &mut read)) {
-                Ok(()) if !read.filled().is_empty() => {}
-                _ => return Poll::Ready(()),
-            }
-        }
+        poll_discard(|read| Pin::new(&mut self.stream).poll_read(cx, read))
     }
 
     /// Reads what there is, within bounds. The end of the connection is kept until it is asked for.

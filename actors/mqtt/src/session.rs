@@ -13,7 +13,7 @@ use bytes::{Bytes, BytesMut};
 use martlet_core::Headers;
 use martlet_core::codec::Codec;
 use martlet_core::error::SessionError;
-use martlet_core::packet::IncomingPacket;
+use martlet_core::packet::{IncomingPacket, Raw};
 use martlet_core::pattern::Route;
 use martlet_core::route::HandlerKind;
 use martlet_core::transport::{
@@ -243,7 +243,7 @@ impl Shared {
             return Ok(());
         }
         self.scratch.clear();
-        self.scratch.extend_from_slice(&wire::raw_id(self.settings.codec.format(), &id));
+        self.scratch.extend_from_slice(&Raw::text(self.settings.codec.format(), id.as_str()));
         let topic = [cancel::PREFIX.as_bytes(), route.as_bytes()];
         self.link.publish(topic, &mut self.scratch, PublishOptions::default(), What::Unwatched).map(drop)
     }

@@ -69,20 +69,11 @@ pub(crate) fn packet_id(raw: &Raw) -> Option<PacketId> {
     PacketId::from_text(text)
 }
 
-/// An id of ours as a raw value.
-pub(crate) fn raw_id(format: Format, id: &PacketId) -> Bytes {
-    match format {
-        Format::Json => Bytes::from(format!("\"{id}\"")),
-        // A text always encodes.
-        _ => Payload::encode(format, id.as_str()).map(Payload::into_bytes).unwrap_or_default(),
-    }
-}
-
 /// The reply that ends a call with an error of ours.
 pub(crate) fn failed_call(format: Format, id: &PacketId, reason: &str) -> ResponsePacket {
-    let id = raw_id(format, id);
+    let id = Raw::text(format, id.as_str());
     let error = RpcError::message(reason).to_payload(format);
-    ResponsePacket { id: Some(id.into()), status: None, body: ResponseBody::Error(error), foreign: false }
+    ResponsePacket { id: Some(id), status: None, body: ResponseBody::Error(error), foreign: false }
 }
 
 #[cfg(test)]

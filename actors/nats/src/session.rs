@@ -13,7 +13,7 @@ use bytes::BytesMut;
 use futures::future::LocalBoxFuture;
 use martlet_core::Headers;
 use martlet_core::error::SessionError;
-use martlet_core::packet::{IncomingPacket, ResponseBody};
+use martlet_core::packet::{IncomingPacket, Raw, ResponseBody};
 use martlet_core::pattern::Route;
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Response, Session,
@@ -447,8 +447,8 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
             Outbound::Cancel { id, route } => {
                 if self.link.settings.common.cancellation {
                     let subject = wire::cancel_subject(&route).into();
-                    let id = wire::raw_id(self.link.settings.codec.format(), id.as_str());
-                    self.link.push(subject, None, id, None);
+                    let id = Raw::text(self.link.settings.codec.format(), id.as_str());
+                    self.link.push(subject, None, id.into(), None);
                 }
                 Ok(())
             }

@@ -11,7 +11,7 @@ use martlet_core::Headers;
 use martlet_core::codec::{Codec, CodecError};
 use martlet_core::json;
 use martlet_core::packet::{
-    IncomingPacket, Metadata, OutgoingPacket, PatternText, ResponseBody, ResponsePacket,
+    IncomingPacket, Metadata, OutgoingPacket, PatternText, Raw, ResponseBody, ResponsePacket,
 };
 use martlet_core::payload::{Format, Payload};
 use martlet_core::request::{TIMEOUT_KEY, TRACEPARENT_KEY, TRACESTATE_KEY};
@@ -183,21 +183,12 @@ pub(crate) fn encode_response(
     finish(codec.encode_response(Some(id), body, None, out), out)
 }
 
-/// An id as a raw value.
-pub(crate) fn raw_id(format: Format, id: &str) -> Bytes {
-    match format {
-        Format::Json => Bytes::from(format!("\"{id}\"")),
-        // A text always encodes.
-        _ => Payload::encode(format, id).map(Payload::into_bytes).unwrap_or_default(),
-    }
-}
-
 /// Whether a raw value is this id.
 fn is_id(format: Format, raw: &[u8], id: &str) -> bool {
     match (format, raw) {
         (Format::Json, [b'"', quoted @ .., b'"']) => quoted == id.as_bytes(),
         (Format::Json, _) => false,
-        _ => raw == raw_id(format, id),
+        _ => raw == &*Raw::text(format, id),
     }
 }
 
@@ -230,7 +221,7 @@ pub(crate) fn decode_response(codec: &dyn Codec, id: &str, status: Option<u16>, 
     match packet.id.as_deref() {
         Some(raw) if is_id(format, raw, id) => {}
         Some(other) if format != Format::Json || json::is_truthy(other) => return Answer::Foreign,
-        _ => packet.id = Some(raw_id(format, id).into()),
+        _ => packet.id = Some(Raw::text(format, id)),
     }
     Answer::Reply(packet)
 }

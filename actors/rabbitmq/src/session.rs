@@ -17,7 +17,7 @@ use lapin::options::{BasicAckOptions, BasicNackOptions};
 use lapin::types::{FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Consumer, Event};
 use martlet_core::error::{RpcError, SessionError};
-use martlet_core::packet::{IncomingPacket, ResponseBody, ResponsePacket};
+use martlet_core::packet::{IncomingPacket, Raw, ResponseBody, ResponsePacket};
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Response, Session,
     SessionReader, SessionWriter, Settlement, Subscription, Taken, WriteError,
@@ -305,7 +305,7 @@ impl RmqReader {
                 let format = self.shared.settings.codec.format();
                 let error = RpcError::message("the broker refused the request");
                 Inbound::Response(Box::new(ResponsePacket {
-                    id: Some(wire::raw_id(format, id.as_str())),
+                    id: Some(Raw::text(format, id.as_str())),
                     status: None,
                     body: ResponseBody::Error(error.to_payload(format)),
                     foreign: false,
@@ -664,7 +664,7 @@ impl SessionWriter<RmqReplyTo> for RmqWriter {
                     && let Some(telling) = &mut self.telling
                 {
                     let format = self.shared.settings.codec.format();
-                    telling.push(wire::raw_id(format, id.as_str()).to_vec().into());
+                    telling.push(Raw::text(format, id.as_str()).into());
                 }
                 Ok(())
             }

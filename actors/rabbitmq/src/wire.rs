@@ -153,7 +153,7 @@ pub(crate) fn decode_response(codec: &dyn Codec, id: &str, body: &Bytes) -> Resp
             foreign: true,
         },
     };
-    packet.id = Some(raw_id(format, id));
+    packet.id = Some(Raw::text(format, id));
     packet
 }
 
@@ -161,21 +161,6 @@ fn as_text(body: &Bytes) -> Payload {
     // A text always encodes.
     let text = String::from_utf8_lossy(body);
     Payload::encode(Format::Json, &text).unwrap_or_else(|_| Payload::null(Format::Json))
-}
-
-/// An id as a raw value.
-pub(crate) fn raw_id(format: Format, id: &str) -> Raw {
-    match format {
-        Format::Json => {
-            let mut quoted = Vec::with_capacity(id.len() + 2);
-            quoted.push(b'"');
-            quoted.extend_from_slice(id.as_bytes());
-            quoted.push(b'"');
-            Bytes::from(quoted).into()
-        }
-        // A text always encodes.
-        _ => Payload::encode(format, id).map(Payload::into_bytes).unwrap_or_default().into(),
-    }
 }
 
 // === properties ===

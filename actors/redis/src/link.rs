@@ -12,7 +12,7 @@ use bytes::{Bytes, BytesMut};
 use deadpool_redis::Pool;
 use martlet_core::codec::Codec;
 use martlet_core::error::SessionError;
-use martlet_core::packet::{ResponseBody, ResponsePacket};
+use martlet_core::packet::{Raw, ResponseBody, ResponsePacket};
 use martlet_core::payload::Payload;
 use martlet_core::transport::{ContextData, Inbound, PacketId, Role, Subscription};
 use serde::Serialize;
@@ -250,7 +250,7 @@ impl Link {
         let told = Told { status: "error", message };
         let error = Payload::encode(format, &told).unwrap_or_else(|_| Payload::null(format));
         Inbound::Response(Box::new(ResponsePacket {
-            id: Some(wire::raw_id(format, id.as_str()).into()),
+            id: Some(Raw::text(format, id.as_str())),
             status: None,
             body: ResponseBody::Error(error),
             foreign: false,

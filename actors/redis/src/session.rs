@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use martlet_core::error::SessionError;
-use martlet_core::packet::IncomingPacket;
+use martlet_core::packet::{IncomingPacket, Raw};
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Response, Session,
     SessionReader, SessionWriter, Taken, WriteError,
@@ -307,7 +307,7 @@ impl RedisWriter {
                 let unsent = self.link.replies.borrow_mut().release(&id);
                 if !unsent && self.link.settings.common.cancellation {
                     // REDIS-16.
-                    let body = wire::raw_id(self.link.settings.codec.format(), id.as_str());
+                    let body = Raw::text(self.link.settings.codec.format(), id.as_str());
                     let channel = wire::cancel_channel(&route);
                     self.link.publisher.borrow_mut().publish(&channel, &body, Note::Plain);
                 }

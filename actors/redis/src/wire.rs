@@ -136,15 +136,6 @@ pub(crate) fn id_text(format: Format, raw: &[u8]) -> Option<&[u8]> {
     }
 }
 
-/// An id as a raw value.
-pub(crate) fn raw_id(format: Format, id: &str) -> Bytes {
-    match format {
-        Format::Json => Bytes::from(format!("\"{id}\"")),
-        // A text always encodes.
-        _ => Payload::encode(format, id).map(Payload::into_bytes).unwrap_or_default(),
-    }
-}
-
 #[cfg(test)]
 #[path = "wire_tests.rs"]
 mod tests;

@@ -19,17 +19,17 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BytesMut};
 use martlet_core::codec::{Codec, CodecError, Frame};
 use martlet_core::packet::{
-    IncomingPacket, OutgoingPacket, PatternText, ResponseBody, ResponsePacket, ShortReply,
+    IncomingPacket, OutgoingPacket, PatternText, Raw, ResponseBody, ResponsePacket, ShortReply,
 };
 use martlet_core::request::{PEER_KEY, TIMEOUT_KEY};
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Response, Role, Session,
-    SessionReader, SessionWriter, WriteError,
+    SessionReader, SessionWriter, WriteError, poll_discard,
 };
-use martlet_core::{Format, Metadata, Payload, Route, SessionError};
+use martlet_core::{Metadata, Payload, Route, SessionError};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
@@ -312,14 +312,7 @@ impl SessionReader<()> for TcpReader {
     }
 
     fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let mut discard = [0; 4096];
-        loop {
-            let mut read = ReadBuf::new(&mut discard);
-            match ready!(self.io.borrow_mut().poll_read(cx, &mut read)) {
-                Ok(()) if !read.filled().is_empty() => {}
-                _ => return Poll::Ready(()),
-            }
-        }
+        poll_discard(|read| self.io.borrow_mut().poll_read(cx, read))
     }
 }
 
@@ -495,15 +488,6 @@ fn is_text(raw: &[u8], text: &str) -> bool {
     }
 }
 
-/// A short text as a raw value.
-fn raw_text(format: Format, text: &str) -> Bytes {
-    match Payload::encode(format, text) {
-        Ok(payload) => payload.into_bytes(),
-        // A text always encodes.
-        Err(_) => Bytes::new(),
-    }
-}
-
 // === the half that writes ===
 
 /// The writing half of a [`TcpSession`].
@@ -612,7 +596,7 @@ impl TcpWriter {
     }
 
     fn cancel(&mut self, id: &str) -> Result<(), WriteError> {
-        let data = Payload::new(self.codec.format(), raw_text(self.codec.format(), id));
+        let data = Payload::new(self.codec.format(), Raw::text(self.codec.format(), id));
         let route = Route::from(CANCEL.to_owned());
         self.frame(64, |codec, out| {
             let pattern = PatternText::Route(&route);
@@ -622,7 +606,7 @@ impl TcpWriter {
     }
 
     fn greet(&mut self) -> Result<(), WriteError> {
-        let id = raw_text(self.codec.format(), HELLO);
+        let id = Raw::text(self.codec.format(), HELLO);
         self.frame(64, |codec, out| {
             codec.encode_response(Some(&id), &ResponseBody::Last(None), Some(HELLO), out)
         })

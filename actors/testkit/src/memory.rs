@@ -51,7 +51,7 @@ use martlet_core::codec::{Codec, JsonCodec};
 use martlet_core::settlement::Settles;
 use martlet_core::transport::{Accept, Dial, Listen, Open, Role, SessionPlan};
 use martlet_core::{
-    ClientOptions, ClientProxy, Format, Headers, Route, Server, ServerOptions, SessionError, TransportId,
+    ClientOptions, ClientProxy, Headers, Route, Server, ServerOptions, SessionError, TransportId,
     TransportInfo,
 };
 use parking_lot::Mutex;
@@ -487,9 +487,4 @@ impl Open for MemoryPeer {
         };
         Ok(MemorySession::new(&self.net, Role::Server, Arc::clone(&self.name), there, Out::Line(back)))
     }
-}
-
-/// The raw form of a packet id: a string of the format.
-fn json_or_packed(format: Format, id: &str) -> Bytes {
-    martlet_core::Payload::encode(format, id).map(martlet_core::Payload::into_bytes).unwrap_or_default()
 }

@@ -6,16 +6,16 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::{Bytes, BytesMut};
-use martlet_core::packet::{IncomingPacket, OutgoingPacket, PatternText};
+use martlet_core::packet::{IncomingPacket, OutgoingPacket, PatternText, Raw};
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PatternKey, Response, Role, Session,
     SessionReader, SessionWriter, WriteError,
 };
 use martlet_core::{Headers, Route, SessionError};
 
+use super::Net;
 use super::hub::Post;
 use super::line::{Frame, HubDelivery, Line};
-use super::{Net, json_or_packed};
 
 /// The context of a message that came by the in-memory transporter: take it as `Ctx<MemoryContext>`.
 #[derive(Debug, Clone)]
@@ -257,7 +257,7 @@ impl SessionWriter<MemoryReply> for MemoryWriter {
         match item {
             Outbound::Request(message) | Outbound::Event(message) => self.message(message),
             Outbound::Cancel { id, .. } => {
-                let raw = json_or_packed(self.net.options.codec.format(), id.as_str());
+                let raw = Bytes::from(Raw::text(self.net.options.codec.format(), id.as_str()));
                 self.push(
                     raw.len(),
                     if hub { Sending::Post(Post::Cancel(raw)) } else { Sending::Frame(Frame::Cancel(raw)) },
