@@ -371,11 +371,12 @@ impl UnixWriter {
     fn message(&mut self, mut message: OutboundMessage) -> Result<(), WriteError> {
         // The peer is a Martlet service, which honours the caller's timeout.
         message.put_timeout();
+        let id = message.id.map(|id| id.text());
         self.line(|out| {
             let packet = OutgoingPacket {
                 pattern: PatternText::Given(&message.pattern),
                 data: Some(&message.data),
-                id: message.id.as_ref().map(|id| id.as_str()),
+                id: id.as_deref(),
                 metadata: Some(&message.metadata).filter(|metadata| !metadata.is_empty()),
             };
             JsonCodec.encode_request(&packet, out)

@@ -66,10 +66,10 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     fn encode_call(
         &self,
         packet: &OutgoingPacket<'_>,
-        id: &PacketId,
+        id: PacketId,
         out: &mut BytesMut,
     ) -> Result<(), CodecError> {
-        self.encode_request(&OutgoingPacket { id: Some(id.as_str()), ..*packet }, out)
+        self.encode_request(&OutgoingPacket { id: Some(&id.text()), ..*packet }, out)
     }
 
     /// Reads a reply, by the rules of NestJS 12, which also read what NestJS 11 servers send:
@@ -86,10 +86,11 @@ pub trait Codec: Send + Sync + fmt::Debug + 'static {
     /// [`CodecError::is_malformed`].
     fn decode_response(&self, frame: Frame<'_>) -> Result<ResponsePacket, CodecError>;
 
-    /// Reads a reply that is one short value, the last one, to a request of ours: such replies need no memory of
-    /// their own. `None` for any other, and wherever it is not certain: [`Codec::decode_response`] is asked then.
-    fn decode_short_response(&self, _frame: &[u8]) -> Option<ShortReply> {
-        None
+    /// Reads a reply that is one short value, the last one, to a request of ours into `reply`: such replies need no
+    /// memory of their own. False for any other, and wherever it is not certain: [`Codec::decode_response`] is asked
+    /// then, and what is in `reply` is of no use.
+    fn read_short_response(&self, _frame: &[u8], _reply: &mut ShortReply) -> bool {
+        false
     }
 
     /// Writes a reply. `id` is a raw value in the codec's format and copied as it is.
@@ -411,24 +412,24 @@ impl Codec for JsonCodec {
     fn encode_call(
         &self,
         packet: &OutgoingPacket<'_>,
-        id: &PacketId,
+        id: PacketId,
         out: &mut BytesMut,
     ) -> Result<(), CodecError> {
         put_request(packet, out)?;
         out.put_slice(b",\"id\":\"");
-        // Nothing in it needs an escape. Piece by piece, as it was made: see `PacketId`.
-        let (words, rest) = id.as_bytes().as_chunks::<8>();
-        words.iter().for_each(|word| out.put_slice(word));
-        let (words, rest) = rest.as_chunks::<4>();
-        words.iter().for_each(|word| out.put_slice(word));
-        out.put_slice(rest);
+        // Nothing in it needs an escape.
+        id.put(out);
         out.put_slice(b"\"}");
         Ok(())
     }
 
-    fn decode_short_response(&self, frame: &[u8]) -> Option<ShortReply> {
-        let (value, id) = usual_response(frame)?;
-        Some(ShortReply { id, value: Payload::new(Format::Json, Raw::inline_in(frame, value)?) })
+    fn read_short_response(&self, frame: &[u8], reply: &mut ShortReply) -> bool {
+        let Some((value, id)) = usual_response(frame).filter(|(value, _)| Raw::is_short(value)) else {
+            return false;
+        };
+        reply.id = id;
+        reply.value.raw_mut(Format::Json).fill(frame, value);
+        true
     }
 
     fn decode_response(&self, mut frame: Frame<'_>) -> Result<ResponsePacket, CodecError> {

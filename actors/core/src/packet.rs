@@ -279,6 +279,13 @@ pub struct ShortReply {
     pub value: Payload,
 }
 
+impl Default for ShortReply {
+    /// A place to read one into.
+    fn default() -> Self {
+        Self { id: PacketId::from_parts(0, 0, 0), value: Payload::new(Format::Json, Raw::default()) }
+    }
+}
+
 // === Metadata ===
 
 /// String members sent beside the data of a packet, in the order they were inserted.

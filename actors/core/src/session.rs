@@ -642,7 +642,7 @@ impl<S: Session> Loop<S> {
                 Poll::Ready(Some(Ok(Inbound::Request(delivery)))) => {
                     self.dispatch(MessageKind::Request, delivery)?;
                 }
-                Poll::Ready(Some(item)) => self.take(item?)?,
+                Poll::Ready(Some(item)) => self.take(cx, item?)?,
                 Poll::Ready(None) => {
                     self.reading = false;
                     self.send_replies();
@@ -657,7 +657,7 @@ impl<S: Session> Loop<S> {
         Ok(Poll::Pending)
     }
 
-    fn take(&mut self, item: Inbound<S::ReplyTo>) -> Result<(), SessionError> {
+    fn take(&mut self, cx: &mut Context<'_>, item: Inbound<S::ReplyTo>) -> Result<(), SessionError> {
         match item {
             Inbound::Request(delivery) => self.dispatch(MessageKind::Request, delivery),
             Inbound::Event(delivery) => self.dispatch(MessageKind::Event, delivery),
@@ -675,7 +675,7 @@ impl<S: Session> Loop<S> {
                 }
                 self.short_replies.push(reply);
                 let room = READ_BUDGET.saturating_sub(self.short_replies.len());
-                self.reader.take_replies(&mut self.short_replies, room);
+                self.reader.take_replies(cx, &mut self.short_replies, room);
                 Ok(())
             }
             Inbound::Unreachable { id } => {

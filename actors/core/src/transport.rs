@@ -13,10 +13,12 @@ use std::any::Any;
 use std::fmt;
 use std::future::Future;
 use std::io;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::{BufMut, BytesMut};
 use tokio::io::ReadBuf;
 
 use crate::error::SessionError;
@@ -266,61 +268,79 @@ pub enum Settlement {
     HandedBack,
 }
 
-/// The id of a request of ours: 21 characters of lower-case hex, the shape NestJS uses.
+/// The id of a request of ours: on the wire 21 characters of lower-case hex, the shape NestJS uses.
+// The numbers that it is made of, in two words as which it is moved, too; it becomes text where it is written.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct PacketId([u8; Self::LEN]);
+#[repr(C, packed(4))]
+pub struct PacketId {
+    /// The client's prefix, of 28 bits, and the call's generation.
+    high: u64,
+    /// The call's slot, of 24 bits.
+    slot: u32,
+}
 
 impl PacketId {
     /// Its length in characters.
     pub const LEN: usize = 21;
 
     pub(crate) fn from_parts(prefix: u32, generation: u32, slot: u32) -> Self {
+        Self { high: u64::from(prefix) << 32 | u64::from(generation), slot }
+    }
+
+    /// What it was made of.
+    #[inline]
+    pub(crate) fn parts(self) -> (u32, u32, u32) {
+        ((self.high >> 32) as u32, self.high as u32, self.slot)
+    }
+
+    /// The id of a request, from the text that a peer or broker gave back.
+    #[inline]
+    pub fn from_text(text: &[u8]) -> Option<Self> {
+        const ZEROS: u64 = u64::MAX / 0xff * b'0' as u64;
+        let text: &[u8; Self::LEN] = text.try_into().ok()?;
+        let word = |at: usize| text[at..].first_chunk().map_or(0, |word| u64::from_be_bytes(*word));
+        // 7, 8 and 6 digits, filled up with zeros.
+        let digits = [word(0) >> 8 | ZEROS << 56, word(7), word(13) << 16 >> 16 | ZEROS << 48];
+        let [prefix, generation, slot] = digits.map(unhex);
+        // Only digits come out as they went in.
+        let same = [prefix, generation, slot].map(hex) == digits;
+        same.then_some(Self::from_parts(prefix, generation, slot))
+    }
+
+    /// Its text.
+    #[inline]
+    pub fn text(self) -> PacketIdText {
+        let (prefix, generation, slot) = self.parts();
         let (prefix, generation, slot) = (hex(prefix), hex(generation), hex(slot));
-        // In the pieces in which a codec copies it: a processor waits when it reads what it has just written otherwise.
         let mut text = [0; Self::LEN];
         text[0..8].copy_from_slice(&(prefix << 8 | generation >> 56).to_be_bytes());
         text[8..16].copy_from_slice(&(generation << 8 | slot >> 40 & 0xff).to_be_bytes());
         text[16..20].copy_from_slice(&((slot >> 8) as u32).to_be_bytes());
         text[20] = slot as u8;
-        Self(text)
+        PacketIdText(text)
     }
 
-    /// What it was made of.
+    /// Appends its text.
     #[inline]
-    pub(crate) fn parts(&self) -> (u32, u32, u32) {
-        let [first, second, third] = Self::digits(&self.0);
-        (unhex(first), unhex(second), unhex(third))
+    pub fn put(self, out: &mut BytesMut) {
+        let PacketIdText(text) = self.text();
+        // In the pieces in which it was made: a processor waits when it reads what it has just written otherwise.
+        let (words, rest) = text.as_chunks::<8>();
+        words.iter().for_each(|word| out.put_slice(word));
+        let (words, rest) = rest.as_chunks::<4>();
+        words.iter().for_each(|word| out.put_slice(word));
+        out.put_slice(rest);
     }
+}
 
-    /// The digits of the three numbers, filled up with zeros.
-    #[inline]
-    fn digits(text: &[u8; Self::LEN]) -> [u64; 3] {
-        const ZEROS: u64 = u64::MAX / 0xff * b'0' as u64;
-        let [a, b, c, d, e, f, g, h, ..] = *text;
-        let first = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
-        let [.., a, b, c, d, e, f, g, h, _, _, _, _, _, _] = *text;
-        let second = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
-        let [.., a, b, c, d, e, f, g, h] = *text;
-        let third = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
-        [first >> 8 | ZEROS << 56, second, third << 16 >> 16 | ZEROS << 48]
-    }
+/// The text of a [`PacketId`].
+#[derive(Clone, Copy)]
+pub struct PacketIdText([u8; PacketId::LEN]);
 
-    /// The id of a request, from the text that a peer or broker gave back.
-    pub fn from_text(text: &[u8]) -> Option<Self> {
-        let text: &[u8; Self::LEN] = text.try_into().ok()?;
-        let [first, second, third] = Self::digits(text);
-        // Only digits come out as they went in.
-        let same = |digits: u64| hex(unhex(digits)) ^ digits;
-        (same(first) | same(second) | same(third) == 0).then_some(Self(*text))
-    }
+impl Deref for PacketIdText {
+    type Target = str;
 
-    /// The bytes of its text: hex digits.
-    pub fn as_bytes(&self) -> &[u8; Self::LEN] {
-        &self.0
-    }
-
-    /// Its text.
-    pub fn as_str(&self) -> &str {
+    fn deref(&self) -> &str {
         // Only hex digits are ever put in.
         std::str::from_utf8(&self.0).unwrap_or_default()
     }
@@ -351,13 +371,19 @@ fn unhex(digits: u64) -> u32 {
 
 impl fmt::Debug for PacketId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
+        f.write_str(&self.text())
     }
 }
 
 impl fmt::Display for PacketId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
+        f.pad(&self.text())
+    }
+}
+
+impl fmt::Debug for PacketIdText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self)
     }
 }
 
@@ -402,9 +428,9 @@ pub trait SessionReader<R>: 'static {
     ) -> Poll<Option<Result<Inbound<R>, SessionError>>>;
 
     /// Takes replies that have arrived already and would be the next arrivals, one [`Inbound::Reply`] each: at most
-    /// `max` of them, in their order. Asked for after such an arrival, because replies come many at a time. Default:
-    /// none, they are polled for.
-    fn take_replies(&mut self, _replies: &mut Vec<ShortReply>, _max: usize) {}
+    /// `max` of them, in their order, appended to `replies`. Asked for after such an arrival, because replies come many
+    /// at a time. Default: none, they are polled for.
+    fn take_replies(&mut self, _cx: &mut Context<'_>, _replies: &mut Vec<ShortReply>, _max: usize) {}
 
     /// Stop intake: what has been received by now is still yielded, then `None`.
     fn drain(&mut self);
@@ -582,8 +608,11 @@ mod tests {
     #[test]
     fn packet_ids_are_21_hex_characters_and_read_back() {
         let id = PacketId::from_parts(0x0ab_cdef, 7, 0xfffff);
-        assert_eq!(id.as_str(), "0abcdef000000070fffff");
-        assert_eq!(PacketId::from_text(id.as_bytes()).map(|id| id.parts()), Some((0x0ab_cdef, 7, 0xfffff)));
+        assert_eq!(&*id.text(), "0abcdef000000070fffff");
+        assert_eq!(
+            PacketId::from_text(id.text().as_bytes()).map(PacketId::parts),
+            Some((0x0ab_cdef, 7, 0xfffff))
+        );
         assert_eq!(PacketId::from_text(b"0abcdef00000007fffff"), None);
         assert_eq!(PacketId::from_text(b"0abcdef000000070ffffG"), None);
         for bits in 0..32 {
@@ -594,7 +623,7 @@ mod tests {
         let id = PacketId::from_parts(0x0ab_cdef, 0x1234_5678, 0x9f_00ff);
         for place in 0..PacketId::LEN {
             for byte in 0..=u8::MAX {
-                let mut text = id.0;
+                let PacketIdText(mut text) = id.text();
                 text[place] = byte;
                 let digit = byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
                 assert_eq!(PacketId::from_text(&text).is_some(), digit, "{}", text.escape_ascii());

@@ -61,7 +61,7 @@ const PREFIX: usize = 7;
 
 fn prefix_of(id: &PacketId) -> [u8; PREFIX] {
     let mut prefix = [0; PREFIX];
-    prefix.copy_from_slice(&id.as_str().as_bytes()[..PREFIX]);
+    prefix.copy_from_slice(&id.text().as_bytes()[..PREFIX]);
     prefix
 }
 

@@ -243,7 +243,7 @@ impl Shared {
             return Ok(());
         }
         self.scratch.clear();
-        self.scratch.extend_from_slice(&Raw::text(self.settings.codec.format(), id.as_str()));
+        self.scratch.extend_from_slice(&Raw::text(self.settings.codec.format(), &id.text()));
         let topic = [cancel::PREFIX.as_bytes(), route.as_bytes()];
         self.link.publish(topic, &mut self.scratch, PublishOptions::default(), What::Unwatched).map(drop)
     }

@@ -20,10 +20,11 @@ pub(crate) fn encode_request(
     out: &mut BytesMut,
 ) -> Result<(), String> {
     out.clear();
+    let id = message.id.map(PacketId::text);
     let packet = OutgoingPacket {
         pattern: PatternText::Given(&message.pattern),
         data: Some(&message.data),
-        id: message.id.as_ref().map(PacketId::as_str),
+        id: id.as_deref(),
         metadata: Some(&message.metadata).filter(|metadata| !metadata.is_empty()),
     };
     codec.encode_request(&packet, out).map_err(|error| error.to_string())
@@ -71,7 +72,7 @@ pub(crate) fn packet_id(raw: &Raw) -> Option<PacketId> {
 
 /// The reply that ends a call with an error of ours.
 pub(crate) fn failed_call(format: Format, id: &PacketId, reason: &str) -> ResponsePacket {
-    let id = Raw::text(format, id.as_str());
+    let id = Raw::text(format, &id.text());
     let error = RpcError::message(reason).to_payload(format);
     ResponsePacket { id: Some(id), status: None, body: ResponseBody::Error(error), foreign: false }
 }

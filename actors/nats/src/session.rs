@@ -13,7 +13,7 @@ use bytes::BytesMut;
 use futures::future::LocalBoxFuture;
 use martlet_core::Headers;
 use martlet_core::error::SessionError;
-use martlet_core::packet::{IncomingPacket, Raw, ResponseBody};
+use martlet_core::packet::{IncomingPacket, Raw, ResponseBody, ShortReply};
 use martlet_core::pattern::Route;
 use martlet_core::transport::{
     ContextData, Delivery, Inbound, Outbound, OutboundMessage, PacketId, PatternKey, Response, Session,
@@ -67,6 +67,7 @@ impl Session for NatsSession {
         let reader = NatsReader {
             link: Rc::clone(&self.link),
             phase: Phase::Open,
+            held: None,
             reports: VecDeque::new(),
             dropped: 0,
             progress: false,
@@ -90,6 +91,8 @@ impl Session for NatsSession {
 pub struct NatsReader {
     link: Rc<Link>,
     phase: Phase,
+    /// What was met among short replies, and is none: of which subscription, and the message, or that it has ended.
+    held: Option<(usize, Option<Message>)>,
     /// What is to be reported before the next message.
     reports: VecDeque<String>,
     /// Messages that were dropped since the session began.
@@ -174,13 +177,11 @@ impl NatsReader {
                 if link.take_probe(token) {
                     return None;
                 }
-                let id = PacketId::from_text(token.as_bytes())?;
-                if message.status.is_none()
-                    && let Some(reply) = link.settings.codec.decode_short_response(&message.payload)
-                    && reply.id == id
-                {
+                let mut reply = ShortReply::default();
+                if Self::read_short(link, &message, &mut reply) {
                     return Some(Inbound::Reply(reply));
                 }
+                let id = PacketId::from_text(token.as_bytes())?;
                 let status = message.status.map(|status| status.as_u16());
                 match wire::decode_response(&*link.settings.codec, token, status, &message.payload) {
                     Answer::Reply(packet) => Some(Inbound::Response(Box::new(packet))),
@@ -198,6 +199,14 @@ impl NatsReader {
                 None
             }
         }
+    }
+
+    /// Reads a reply that is one short value; false when it is another message.
+    #[inline]
+    fn read_short(link: &Link, message: &Message, reply: &mut ShortReply) -> bool {
+        message.status.is_none()
+            && link.settings.codec.read_short_response(&message.payload, reply)
+            && PacketId::from_text(wire::last_token(&message.subject).as_bytes()) == Some(reply.id)
     }
 
     /// Whether everything that there will ever be has been read.
@@ -275,9 +284,18 @@ impl SessionReader<NatsReplyTo> for NatsReader {
                 return Poll::Ready(Some(Ok(Inbound::Bad { reason })));
             }
             let link = &self.link;
-            let next = link.streams.borrow_mut().poll_next(cx, |cx, (_, purpose), message| {
-                Some(Self::read(link, purpose, message?, cx, packet))
-            });
+            let mut streams = link.streams.borrow_mut();
+            let next = match self.held.take() {
+                Some((key, message)) => {
+                    let read =
+                        streams.tag(key).map(|purpose| Self::read(link, purpose, message?, cx, packet));
+                    Poll::Ready(read)
+                }
+                None => streams.poll_next(cx, |cx, (_, purpose), message| {
+                    Some(Self::read(link, purpose, message?, cx, packet))
+                }),
+            };
+            drop(streams);
             match next {
                 Poll::Ready(Some(Some(inbound))) => {
                     self.progress = true;
@@ -296,6 +314,31 @@ impl SessionReader<NatsReplyTo> for NatsReader {
                     }
                 }
             }
+        }
+    }
+
+    fn take_replies(&mut self, cx: &mut Context<'_>, replies: &mut Vec<ShortReply>, max: usize) {
+        let (link, held) = (&self.link, &mut self.held);
+        let mut streams = link.streams.borrow_mut();
+        for _ in 0..max {
+            if held.is_some() {
+                return;
+            }
+            let next = streams.poll_next(cx, |_, (key, purpose), message| {
+                if let (Purpose::Inbox, Some(message)) = (purpose, &message) {
+                    // Read where it stays.
+                    replies.push(ShortReply::default());
+                    if replies.last_mut().is_some_and(|reply| Self::read_short(link, message, reply)) {
+                        return;
+                    }
+                    replies.pop();
+                }
+                *held = Some((key, message));
+            });
+            if next.is_pending() {
+                return;
+            }
+            self.progress = true;
         }
     }
 
@@ -347,7 +390,7 @@ impl NatsWriter {
     fn message(
         &mut self,
         message: &mut OutboundMessage,
-        id: Option<&PacketId>,
+        id: Option<PacketId>,
         reply: Option<Subject>,
     ) -> Result<(), WireError> {
         let (fixed, limit) = (&self.link.settings.headers, self.max_header_bytes);
@@ -447,7 +490,7 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
             Outbound::Cancel { id, route } => {
                 if self.link.settings.common.cancellation {
                     let subject = wire::cancel_subject(&route).into();
-                    let id = Raw::text(self.link.settings.codec.format(), id.as_str());
+                    let id = Raw::text(self.link.settings.codec.format(), &id.text());
                     self.link.push(subject, None, id.into(), None);
                 }
                 Ok(())
@@ -476,8 +519,8 @@ impl SessionWriter<NatsReplyTo> for NatsWriter {
     }
 
     fn write_request(&mut self, mut message: OutboundMessage, id: PacketId) -> Result<(), WriteError> {
-        let reply = wire::reply_subject(&self.link.inbox, &id, &mut self.buffer);
-        self.message(&mut message, Some(&id), Some(reply)).map_err(|error| WriteError::Item(Arc::new(error)))
+        let reply = wire::reply_subject(&self.link.inbox, id, &mut self.buffer);
+        self.message(&mut message, Some(id), Some(reply)).map_err(|error| WriteError::Item(Arc::new(error)))
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {

@@ -65,7 +65,10 @@ pub enum WireError {
 /// Checks that a route can be a subject (NATS-16).
 pub(crate) fn check_subject(route: &str) -> Result<(), String> {
     // Checked for every call: most routes are plain.
-    if !route.is_empty() && route.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'.') {
+    let (words, rest) = route.as_bytes().as_chunks::<8>();
+    let mut last = [b'_'; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    if !route.is_empty() && words.iter().chain([&last]).all(|word| is_plain(*word)) {
         return Ok(());
     }
     if route.is_empty() {
@@ -78,6 +81,18 @@ pub(crate) fn check_subject(route: &str) -> Result<(), String> {
         return Err("a NATS subject cannot begin or end with a dot or have two in a row".to_owned());
     }
     Ok(())
+}
+
+/// Whether these are printable ASCII, without space and dot.
+fn is_plain(word: [u8; 8]) -> bool {
+    const ONES: u64 = u64::MAX / 0xff;
+    const HIGHS: u64 = ONES << 7;
+    let word = u64::from_ne_bytes(word);
+    // The high bit of a byte is set where the byte is zero, and perhaps above such a one.
+    let zeros = |word: u64| word.wrapping_sub(ONES) & !word;
+    let below = word.wrapping_sub(ONES * u64::from(b'!')) & !word;
+    let others = zeros(word ^ (ONES * u64::from(b'.'))) | zeros(word ^ (ONES * 0x7f));
+    (word | below | others) & HIGHS == 0
 }
 
 /// Where cancellations of requests to a route go (NATS-21).
@@ -105,7 +120,7 @@ fn refill(out: &mut BytesMut) {
 pub(crate) fn encode_request(
     codec: &dyn Codec,
     message: &OutboundMessage,
-    id: Option<&PacketId>,
+    id: Option<PacketId>,
     metadata: Option<&Metadata>,
     out: &mut BytesMut,
 ) -> Result<Bytes, WireError> {
@@ -164,12 +179,12 @@ fn metadata_of(format: Format, headers: &Headers) -> Option<Payload> {
 // === replies ===
 
 /// The subject that replies to a request go to: below the session's inbox, named by its id.
-pub(crate) fn reply_subject(inbox: &str, id: &PacketId, out: &mut BytesMut) -> Subject {
+pub(crate) fn reply_subject(inbox: &str, id: PacketId, out: &mut BytesMut) -> Subject {
     refill(out);
     out.extend_from_slice(inbox.as_bytes());
-    out.extend_from_slice(id.as_str().as_bytes());
+    id.put(out);
     // Both are text.
-    Subject::from_utf8(out.split().freeze()).unwrap_or_else(|_| Subject::from(id.as_str()))
+    Subject::from_utf8(out.split().freeze()).unwrap_or_else(|_| Subject::from(&*id.text()))
 }
 
 /// NATS-4, NATS-8: writes the body of a reply; the bytes are cut off `out`.

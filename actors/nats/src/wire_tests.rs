@@ -59,8 +59,7 @@ fn requests_and_events_of_nestjs_are_read_and_written_byte_for_byte() {
         };
         let metadata = Some(&message.metadata).filter(|metadata| !metadata.is_empty());
         let written =
-            encode_request(&JsonCodec, &message, message.id.as_ref(), metadata, &mut BytesMut::new())
-                .unwrap();
+            encode_request(&JsonCodec, &message, message.id, metadata, &mut BytesMut::new()).unwrap();
         assert_eq!(text(&written), text(&body), "{name}");
     }
 }
@@ -250,6 +249,17 @@ fn subjects_that_nats_cannot_carry_are_refused() {
     }
     for bad in ["", " ", "a b", "a\tb", "a\nb", r#"{"cmd":"with space"}"#, ".a", "a.", "a..b"] {
         check_subject(bad).unwrap_err();
+    }
+}
+
+#[test]
+fn a_plain_subject_is_told_by_each_of_its_bytes() {
+    for (byte, place) in (0..=u8::MAX).flat_map(|byte| (0..8).map(move |place| (byte, place))) {
+        for around in [b'!', b'/', b'~'] {
+            let mut word = [around; 8];
+            word[place] = byte;
+            assert_eq!(is_plain(word), byte.is_ascii_graphic() && byte != b'.', "{byte} at {place}");
+        }
     }
 }
 

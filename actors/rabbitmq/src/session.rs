@@ -305,7 +305,7 @@ impl RmqReader {
                 let format = self.shared.settings.codec.format();
                 let error = RpcError::message("the broker refused the request");
                 Inbound::Response(Box::new(ResponsePacket {
-                    id: Some(Raw::text(format, id.as_str())),
+                    id: Some(Raw::text(format, &id.text())),
                     status: None,
                     body: ResponseBody::Error(error.to_payload(format)),
                     foreign: false,
@@ -464,9 +464,9 @@ impl RmqWriter {
             None => What::Event(receipt),
         };
         properties = wire::with_own(properties, &message.headers, self.limits)?;
-        if let Some(id) = &message.id {
+        if let Some(id) = message.id {
             // RMQ-7: a record cannot change it.
-            properties = properties.with_correlation_id(wire::short("the id", id.as_str())?);
+            properties = properties.with_correlation_id(wire::short("the id", &id.text())?);
         }
         let key = match self.exchange.as_str().is_empty() {
             true => self.key.clone(),
@@ -664,7 +664,7 @@ impl SessionWriter<RmqReplyTo> for RmqWriter {
                     && let Some(telling) = &mut self.telling
                 {
                     let format = self.shared.settings.codec.format();
-                    telling.push(Raw::text(format, id.as_str()).into());
+                    telling.push(Raw::text(format, &id.text()).into());
                 }
                 Ok(())
             }

@@ -107,10 +107,11 @@ pub(crate) fn encode_request(
     out: &mut BytesMut,
 ) -> Result<Bytes, WireError> {
     refill(out);
+    let id = message.id.map(PacketId::text);
     let packet = OutgoingPacket {
         pattern: PatternText::Given(&message.pattern),
         data: Some(&message.data),
-        id: message.id.as_ref().map(PacketId::as_str),
+        id: id.as_deref(),
         metadata: Some(&message.metadata).filter(|metadata| !metadata.is_empty()),
     };
     finish(codec.encode_request(&packet, out), limits, out)

@@ -250,7 +250,7 @@ impl Link {
         let told = Told { status: "error", message };
         let error = Payload::encode(format, &told).unwrap_or_else(|_| Payload::null(format));
         Inbound::Response(Box::new(ResponsePacket {
-            id: Some(Raw::text(format, id.as_str())),
+            id: Some(Raw::text(format, &id.text())),
             status: None,
             body: ResponseBody::Error(error),
             foreign: false,

@@ -63,7 +63,7 @@ impl ReplyChannels {
     /// REDIS-8: a request to a route; `body` is copied if it must wait.
     pub(crate) fn request(&mut self, id: PacketId, route: &Route, body: &[u8]) -> Ask {
         if self.prefix.is_none() {
-            self.prefix = id.as_str().as_bytes().first_chunk().copied();
+            self.prefix = id.text().as_bytes().first_chunk().copied();
         }
         self.requests += 1;
         let (key, fresh) = match self.by_route.get(route) {

@@ -260,7 +260,7 @@ impl RedisWriter {
         message.put_timeout();
         let settings = &self.link.settings;
         let limit = settings.common.max_payload_bytes;
-        wire::encode_request(&*settings.codec, message, id.as_ref(), limit, &mut self.scratch)?;
+        wire::encode_request(&*settings.codec, message, id, limit, &mut self.scratch)?;
         let route = message.pattern.route();
         match id {
             Some(id) => self.link.request(id, route, &self.scratch),
@@ -307,7 +307,7 @@ impl RedisWriter {
                 let unsent = self.link.replies.borrow_mut().release(&id);
                 if !unsent && self.link.settings.common.cancellation {
                     // REDIS-16.
-                    let body = Raw::text(self.link.settings.codec.format(), id.as_str());
+                    let body = Raw::text(self.link.settings.codec.format(), &id.text());
                     let channel = wire::cancel_channel(&route);
                     self.link.publisher.borrow_mut().publish(&channel, &body, Note::Plain);
                 }

@@ -74,7 +74,7 @@ pub(crate) fn is_cancel_channel(channel: &[u8]) -> bool {
 pub(crate) fn encode_request(
     codec: &dyn Codec,
     message: &OutboundMessage,
-    id: Option<&PacketId>,
+    id: Option<PacketId>,
     limit: usize,
     out: &mut BytesMut,
 ) -> Result<(), WireError> {

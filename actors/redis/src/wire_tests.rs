@@ -53,7 +53,7 @@ fn requests_and_events_of_nestjs_are_read_and_written_byte_for_byte() {
             timeout: None,
         };
         let mut out = BytesMut::new();
-        encode_request(&JsonCodec, &message, message.id.as_ref(), LIMIT, &mut out).unwrap();
+        encode_request(&JsonCodec, &message, message.id, LIMIT, &mut out).unwrap();
         assert_eq!(text(&out), text(&body), "{name}");
     }
 }

@@ -300,10 +300,15 @@ impl SessionReader<()> for TcpReader {
         }
     }
 
-    fn take_replies(&mut self, replies: &mut Vec<ShortReply>, max: usize) {
+    fn take_replies(&mut self, _cx: &mut Context<'_>, replies: &mut Vec<ShortReply>, max: usize) {
         for _ in 0..max {
-            let Some(reply) = self.short_reply() else { return };
-            replies.push(reply);
+            let Some(body) = self.framing.peek(&self.buf, &self.frame, &self.limits.frame) else { return };
+            // Read where it stays.
+            replies.push(ShortReply::default());
+            if !replies.last_mut().is_some_and(|reply| self.short_reply(&body, reply)) {
+                replies.pop();
+                return;
+            }
         }
     }
 
@@ -390,20 +395,14 @@ impl TcpReader {
         }))
     }
 
-    /// Reads the next packet, if it is such a reply: nearly all that a client gets.
-    fn short_reply(&mut self) -> Option<ShortReply> {
-        if self.role != Role::Client {
-            return None;
+    /// Reads the packet that stands at `body`, if it is such a reply: nearly all that a client gets.
+    fn short_reply(&mut self, body: &Range<usize>, reply: &mut ShortReply) -> bool {
+        let is_short = self.codec.read_short_response(&self.buf[body.clone()], reply);
+        if is_short {
+            self.buf.advance(body.end);
+            self.extensions.peer_answered.set(true);
         }
-        let body = self.framing.peek(&self.buf, &self.frame, &self.limits.frame)?;
-        self.short_reply_at(&body)
-    }
-
-    fn short_reply_at(&mut self, body: &Range<usize>) -> Option<ShortReply> {
-        let reply = self.codec.decode_short_response(&self.buf[body.clone()])?;
-        self.buf.advance(body.end);
-        self.extensions.peer_answered.set(true);
-        Some(reply)
+        is_short
     }
 
     /// Reads the next packet, if it has arrived whole.
@@ -411,10 +410,11 @@ impl TcpReader {
         let limits = &self.limits.frame;
         let frame = match self.framing.peek(&self.buf, &self.frame, limits) {
             Some(body) => {
-                if self.role == Role::Client
-                    && let Some(reply) = self.short_reply_at(&body)
-                {
-                    return Ok(Some(Packet::Arrival(Inbound::Reply(reply))));
+                if self.role == Role::Client {
+                    let mut reply = ShortReply::default();
+                    if self.short_reply(&body, &mut reply) {
+                        return Ok(Some(Packet::Arrival(Inbound::Reply(reply))));
+                    }
                 }
                 Frame::in_buffer(&mut self.buf, body).ascii()
             }
@@ -541,7 +541,7 @@ impl TcpWriter {
         put_frame(&*self.codec, &*self.framing, &mut self.out, hint, write)
     }
 
-    fn message(&mut self, message: &mut OutboundMessage, id: Option<&PacketId>) -> Result<(), WriteError> {
+    fn message(&mut self, message: &mut OutboundMessage, id: Option<PacketId>) -> Result<(), WriteError> {
         // TCP-26: looks for a Martlet peer, once.
         let announce = id.is_some() && !std::mem::replace(&mut self.announced, true);
         if announce {
@@ -618,13 +618,13 @@ impl SessionWriter<()> for TcpWriter {
         match item {
             Outbound::Request(mut message) | Outbound::Event(mut message) => {
                 let id = message.id;
-                self.message(&mut message, id.as_ref())?;
+                self.message(&mut message, id)?;
             }
-            Outbound::Cancel { id, .. } if self.extensions.peer_cancels.get() => self.cancel(id.as_str())?,
+            Outbound::Cancel { id, .. } if self.extensions.peer_cancels.get() => self.cancel(&id.text())?,
             Outbound::Cancel { id, .. }
                 if self.announced && !self.extensions.peer_answered.get() && self.early.len() < MAX_EARLY =>
             {
-                self.early.push(id.as_str().into());
+                self.early.push((*id.text()).into());
             }
             // TCP-23: a connection needs no subscriptions; a NestJS peer is told nothing it does not know.
             _ => {}
@@ -646,7 +646,7 @@ impl SessionWriter<()> for TcpWriter {
     }
 
     fn write_request(&mut self, mut message: OutboundMessage, id: PacketId) -> Result<(), WriteError> {
-        self.message(&mut message, Some(&id))?;
+        self.message(&mut message, Some(id))?;
         self.check_buffer()
     }
 

@@ -227,10 +227,11 @@ impl MemoryWriter {
             Some(_) => PatternText::Given(&pattern),
             None => PatternText::Route(pattern.route()),
         };
+        let id_text = id.map(|id| id.text());
         let packet = OutgoingPacket {
             pattern: text,
             data: Some(&data),
-            id: id.as_ref().map(|id| id.as_str()),
+            id: id_text.as_deref(),
             metadata: Some(&metadata).filter(|metadata| !metadata.is_empty()),
         };
         let mut bytes = BytesMut::new();
@@ -257,7 +258,7 @@ impl SessionWriter<MemoryReply> for MemoryWriter {
         match item {
             Outbound::Request(message) | Outbound::Event(message) => self.message(message),
             Outbound::Cancel { id, .. } => {
-                let raw = Bytes::from(Raw::text(self.net.options.codec.format(), id.as_str()));
+                let raw = Bytes::from(Raw::text(self.net.options.codec.format(), &id.text()));
                 self.push(
                     raw.len(),
                     if hub { Sending::Post(Post::Cancel(raw)) } else { Sending::Frame(Frame::Cancel(raw)) },

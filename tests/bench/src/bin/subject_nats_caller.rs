@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Subject of the NATS caller: a Martlet client, a task for each call in flight, on one thread.
 
+use std::rc::Rc;
 use std::time::Instant;
 
 use clap::Parser;
-use futures::future::try_join_all;
 use martlet_bench::Result;
 use martlet_bench::options::Measure;
 use martlet_bench::report::Report;
@@ -12,6 +12,7 @@ use martlet_bench::service::SUM;
 use martlet_bench::window::Window;
 use martlet_core::{ClientProxy, Pattern};
 use martlet_nats::{NatsClient, NatsClientOptions};
+use tokio::task::JoinSet;
 
 /// Call sums over NATS with Martlet.
 #[derive(Parser)]
@@ -39,9 +40,15 @@ fn main() -> Result<()> {
         options.client.propagate = !no_deadline;
         let client = NatsClient::new(options);
         client.connect().await?;
-        let window = measure.window();
+        let window = Rc::new(measure.window());
+        let mut tasks = JoinSet::new();
+        for number in 0..depth {
+            tasks.spawn_local(call(client.clone(), number, Rc::clone(&window)));
+        }
         let load = async {
-            try_join_all((0..depth).map(|number| call(&client, number, &window))).await?;
+            while let Some(ended) = tasks.join_next().await {
+                ended??;
+            }
             Ok(())
         };
         let report = window.measure(measure.warmup(), load).await?;
@@ -50,7 +57,7 @@ fn main() -> Result<()> {
     })
 }
 
-async fn call(client: &ClientProxy, number: usize, window: &Window) -> Result<()> {
+async fn call(client: ClientProxy, number: usize, window: Rc<Window>) -> Result<()> {
     let pattern = Pattern::parse(SUM);
     let mut turn = number;
     // As the baseline: one look at the clock ends a call and begins the next.
