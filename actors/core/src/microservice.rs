@@ -14,6 +14,8 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::{Notify, watch};
@@ -489,18 +491,24 @@ impl RunningService {
         shutdown: impl Future<Output = C>,
     ) -> Result<ServiceReport, StartError> {
         let mut stopped = self.inner.stopped.subscribe();
-        let cause = tokio::select! {
-            cause = shutdown => cause.into(),
-            () = self.inner.escalation.raised.notified() => "escalation".to_owned(),
-            report = stopped.wait_for(Option::is_some) => {
-                // Somebody else has stopped it.
-                if let Ok(report) = report && let Some(report) = report.as_deref() {
-                    return Ok(report.clone());
-                }
-                "stop".to_owned()
+        let ended = async {
+            tokio::select! {
+                cause = shutdown => Err(cause.into()),
+                () = self.inner.escalation.raised.notified() => Err("escalation".to_owned()),
+                report = stopped.wait_for(Option::is_some) => match report {
+                    // Somebody else has stopped it.
+                    Ok(report) => report.as_deref().cloned().ok_or_else(|| "stop".to_owned()),
+                    Err(_) => Err("stop".to_owned()),
+                },
             }
         };
-        Ok(self.finish(cause, self.inner.grace).await)
+        // An actix system polls its main future, which this mostly is, whenever anything on its thread is woken: with
+        // every request. In here it is polled when it is woken itself.
+        let mut ended = FuturesUnordered::from_iter([ended]);
+        match ended.select_next_some().await {
+            Ok(report) => Ok(report),
+            Err(cause) => Ok(self.finish(cause, self.inner.grace).await),
+        }
     }
 
     /// Stops the service in order: the transporters stop taking work, what was taken finishes (or the

@@ -196,8 +196,8 @@ struct Loop<S: Session> {
     stray: IncomingPacket,
     /// Where what this turn reads goes.
     turn: Batch<S::ReplyTo>,
-    /// Something was written since the last flush.
-    unflushed: bool,
+    /// What was written since the last flush.
+    unflushed: usize,
     retries: RetryQueue,
     batch: Vec<Owed<S::ReplyTo>>,
     /// A client's calls on their way out, and the replies that this turn has read.
@@ -254,7 +254,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         next: None,
         stray: IncomingPacket::default(),
         turn: Batch::default(),
-        unflushed: false,
+        unflushed: 0,
         retries: RetryQueue::default(),
         batch: Vec::new(),
         outgoing: Outgoing::default(),
@@ -359,7 +359,11 @@ impl<S: Session> Loop<S> {
                 self.draining = true;
                 self.half_closed = Some(Box::pin(tokio::time::sleep(self.env.limits.half_close)));
             }
-            if self.unflushed {
+            if self.unflushed == 1 && !self.is_full() {
+                // A lone answer, given in place: nothing is gained by waiting for others. One that fills the session's
+                // bound has stopped the reading, which goes on in the next turn.
+                flushed = self.flush(cx)?;
+            } else if self.unflushed > 0 {
                 // What handlers have answered in place leaves in the next turn, when the other sessions of this arbiter
                 // have read and answered, too: a peer that is woken for all of it at once costs the kernel much less.
                 flushed = false;
@@ -394,7 +398,7 @@ impl<S: Session> Loop<S> {
         if (idle || abandon) && self.shared.inner.lock().out.is_empty() && (flushed || abandon) {
             return self.writer.poll_close(cx);
         }
-        if self.unflushed {
+        if self.unflushed > 0 {
             // What was answered in place leaves in the next turn.
             return Poll::Pending;
         }
@@ -542,7 +546,7 @@ impl<S: Session> Loop<S> {
     }
 
     fn write(&mut self, item: Outbound<S::ReplyTo>) -> Result<(), SessionError> {
-        self.unflushed = true;
+        self.unflushed += 1;
         let written = self.writer.write(item);
         self.written(written).map(|_| ())
     }
@@ -553,7 +557,7 @@ impl<S: Session> Loop<S> {
 
     /// Writes a packet of a response. If it cannot be written, an error that says so is, in its place, and it is false.
     fn respond(&mut self, response: &mut Response<S::ReplyTo>) -> Result<bool, SessionError> {
-        self.unflushed = true;
+        self.unflushed += 1;
         let says_error = matches!(response.body, ResponseBody::NoHandler);
         let written = self.writer.write_response(response);
         if self.written(written)? {
@@ -590,7 +594,7 @@ impl<S: Session> Loop<S> {
     }
 
     fn flush(&mut self, cx: &mut Context<'_>) -> Result<bool, SessionError> {
-        self.unflushed = false;
+        self.unflushed = 0;
         let flushed = self.writer.poll_flush(cx)?.is_ready();
         let congested = self.is_full();
         let mut inner = self.shared.inner.lock();
