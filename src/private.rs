@@ -12,10 +12,11 @@ use serde::de::DeserializeOwned;
 
 pub use actix;
 pub use futures;
+pub use martlet_core::function::endpoint;
 pub use martlet_core::supervise::rebuilt;
 pub use martlet_core::{
-    Controller, FromRequest, HandlerDef, HandlerInfo, HandlerKind, HandlerResult, Interceptors, IntoReply,
-    Outcome, Pattern, Reply, Request, RpcError,
+    Controller, Endpoint, FromRequest, HandlerDef, HandlerInfo, HandlerKind, HandlerResult, Interceptors,
+    IntoReply, Pattern, Reply, Request, RpcError,
 };
 pub use serde_json::{self, json};
 
@@ -77,8 +78,37 @@ pub async fn extract<T: FromRequest>(request: &Request) -> Result<T, RpcError> {
     T::from_request(request).await
 }
 
+/// The value that a handler answers with.
+pub struct Answer<R> {
+    value: R,
+    put: fn(R, Format, &mut Option<Payload>) -> Option<HandlerResult>,
+}
+
+impl<R> std::fmt::Debug for Answer<R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Answer")
+    }
+}
+
+// Of any `R`, so that one which is no reply is reported once, where the handler says what it returns.
+impl<R: 'static> IntoReply for Answer<R> {
+    fn into_reply(self, format: Format) -> HandlerResult {
+        let mut place = None;
+        self.put_reply(format, &mut place).unwrap_or_else(|| Ok(place.map_or(Reply::Empty, Reply::Value)))
+    }
+
+    fn put_reply(self, format: Format, place: &mut Option<Payload>) -> Option<HandlerResult> {
+        (self.put)(self.value, format, place)
+    }
+}
+
+/// The answer of a handler.
+pub fn answer<R: IntoReply>(value: R) -> Result<Answer<R>, RpcError> {
+    Ok(Answer { value, put: R::put_reply })
+}
+
 /// The failure of a handler.
-pub fn fail(error: impl Failure) -> HandlerResult {
+pub fn fail<R>(error: impl Failure) -> Result<R, RpcError> {
     Err(error.into())
 }
 

@@ -89,13 +89,15 @@ impl Shop {
         Streaming(stream::iter([5, 6]).boxed_local())
     }
 
-    /// Which handlers are called in place, without a future.
-    #[message_pattern("in place")]
-    fn in_place(&self, request: Request) -> Vec<String> {
+    /// Which handlers have to be waited for.
+    #[message_pattern("late")]
+    fn late(&self, request: Request) -> Vec<String> {
         let shop = Rc::new(Shop::default());
-        let in_place =
-            |def: &HandlerDef<Shop>| matches!((def.call)(&shop, request.clone()), Outcome::Ready(_));
-        let defs = Shop::handlers().into_iter().filter(in_place);
+        let is_late = |def: &HandlerDef<Shop>| {
+            def.info.pattern.route().as_str() != "late"
+                && !matches!((def.endpoint)(&shop).call(request.clone()), Outcome::Ready(_))
+        };
+        let defs = Shop::handlers().into_iter().filter(is_late);
         defs.map(|def| def.info.name.to_string()).collect()
     }
 
@@ -155,11 +157,9 @@ async fn arguments_are_read_and_values_are_answered() {
 }
 
 #[actix::test]
-async fn a_plain_function_of_payloads_runs_without_a_future() {
+async fn a_method_that_need_not_wait_has_answered_when_it_is_called() {
     with_shop(async |client| {
-        let names = ["ready", "property", "unit", "record", "streaming", "note", "log"];
-        let names = names.map(|name| format!("Shop::{name}"));
-        assert_eq!(one(client, "in place", json!(null)).await, Ok(json!(names)));
+        assert_eq!(one(client, "late", json!("Ann")).await, Ok(json!(["Shop::waits"])));
     })
     .await;
 }

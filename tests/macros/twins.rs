@@ -5,11 +5,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::stream::{self, Stream, StreamExt};
+use futures::stream::{self, Stream};
+use martlet::function::endpoint;
 use martlet::interceptor::{guard, timeout};
 use martlet::{
-    Controller, Data, HandlerDef, HandlerInfo, HandlerKind, Interceptor, Interceptors, Metadata, Outcome,
-    Pattern, Reply, Request, RpcError, TransportId, controller, pattern,
+    Controller, Data, Endpoint, HandlerDef, HandlerInfo, HandlerKind, Interceptor, Interceptors, Metadata,
+    Pattern, Request, RpcError, Streaming, TransportId, controller, pattern,
 };
 use serde_json::{Map, Value, json};
 
@@ -84,12 +85,12 @@ impl ByHand {
         kind: HandlerKind,
         pattern: impl Into<Pattern>,
         change: impl FnOnce(&mut HandlerInfo, &mut Interceptors),
-        call: fn(&Rc<Self>, Request) -> Outcome,
+        endpoint: fn(&Rc<Self>) -> Box<dyn Endpoint>,
     ) -> HandlerDef<Self> {
         let mut info = HandlerInfo::new(format!("Macros::{name}"), kind, pattern);
         let mut interceptors = Interceptors::new();
         change(&mut info, &mut interceptors);
-        HandlerDef { info, interceptors, call }
+        HandlerDef { info, interceptors, endpoint }
     }
 }
 
@@ -108,17 +109,10 @@ impl Controller for ByHand {
 
     fn handlers() -> Vec<HandlerDef<Self>> {
         use HandlerKind::{Event, Message};
-        let several: fn(&Rc<Self>, Request) -> Outcome = |_, request| {
-            Outcome::Ready(request.data::<u64>().map_err(RpcError::from).map(|to| {
-                let format = request.format();
-                Reply::Stream(
-                    stream::iter(0..to)
-                        .map(move |item| martlet::Payload::encode(format, &item).map_err(RpcError::from))
-                        .boxed_local(),
-                )
-            }))
+        let several: fn(&Rc<Self>) -> Box<dyn Endpoint> = |_| {
+            endpoint(async |request| Ok::<_, RpcError>(Streaming(stream::iter(0..request.data::<u64>()?))))
         };
-        let empty: fn(&Rc<Self>, Request) -> Outcome = |_, _| Outcome::Ready(Ok(Reply::Empty));
+        let empty: fn(&Rc<Self>) -> Box<dyn Endpoint> = |_| endpoint(async |_| Ok::<_, RpcError>(()));
         vec![
             Self::def("text", Message, "text", |_, _| {}, empty),
             Self::def("number", Message, 7, |_, _| {}, empty),

@@ -207,19 +207,13 @@ impl HandlerGroup {
         let defs = C::handlers();
         let name = C::name();
         let handlers = defs.iter().map(|def| (def.info.clone(), def.interceptors.clone())).collect();
-        let calls: Vec<_> = defs.iter().map(|def| def.call).collect();
+        let endpoints: Vec<_> = defs.iter().map(|def| def.endpoint).collect();
         Self {
             name: Arc::from(name),
             handlers,
             factory: Arc::new(move |_| {
                 let controller = Rc::new(factory());
-                calls
-                    .iter()
-                    .map(|call| {
-                        let (controller, call) = (Rc::clone(&controller), *call);
-                        Box::new(move |request| call(&controller, request)) as Box<dyn Endpoint>
-                    })
-                    .collect()
+                endpoints.iter().map(|endpoint| endpoint(&controller)).collect()
             }),
             placement: Placement::default(),
             interceptors: C::interceptors(),
@@ -328,8 +322,8 @@ pub struct HandlerDef<C> {
     pub info: HandlerInfo,
     /// Interceptors around it, inside the controller's.
     pub interceptors: Interceptors,
-    /// Calls it.
-    pub call: fn(&Rc<C>, Request) -> Outcome,
+    /// Makes what calls it on a controller, as [`endpoint`](crate::function::endpoint) does from an async function.
+    pub endpoint: fn(&Rc<C>) -> Box<dyn Endpoint>,
 }
 
 impl<C> fmt::Debug for HandlerDef<C> {

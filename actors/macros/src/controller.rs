@@ -221,15 +221,15 @@ fn handler(
         return Vec::new();
     }
     check_signature(&method.sig, errors);
-    let call = call(&method.sig, &marks);
+    let endpoint = endpoint(&method.sig, &marks);
     let cfg: Vec<_> = method.attrs.iter().filter(|attribute| attribute.path().is_ident("cfg")).collect();
     let name = format!("{type_name}::{}", method.sig.ident);
     let defs = patterns.read.iter().map(|(kind, at, options)| def(&name, kind, *at, options));
     let block = quote! {
         #(#cfg)*
         {
-            let __call: fn(&::std::rc::Rc<Self>, ::martlet::__private::Request) -> ::martlet::__private::Outcome =
-                #call;
+            let __endpoint: fn(&::std::rc::Rc<Self>) -> ::std::boxed::Box<dyn ::martlet::__private::Endpoint> =
+                #endpoint;
             #(#defs)*
         }
     };
@@ -363,7 +363,7 @@ fn def(name: &str, kind: &str, at: Span, options: &PatternOptions) -> TokenStrea
         __handlers.push(::martlet::__private::HandlerDef {
             info: __info,
             interceptors: __interceptors,
-            call: __call,
+            endpoint: __endpoint,
         });
     }}
 }
@@ -379,11 +379,10 @@ fn interceptors(list: &[syn::Expr]) -> TokenStream {
 
 // === the call ===
 
-fn call(signature: &syn::Signature, marks: &[(usize, Attribute, Source)]) -> TokenStream {
+fn endpoint(signature: &syn::Signature, marks: &[(usize, Attribute, Source)]) -> TokenStream {
     let method = &signature.ident;
     let mut names = Vec::new();
     let mut reads = Vec::new();
-    let mut waits = signature.asyncness.is_some();
     for (index, argument) in signature.inputs.iter().enumerate() {
         let FnArg::Typed(argument) = argument else { continue };
         let (name, ty) = (format_ident!("argument_{index}"), &argument.ty);
@@ -394,10 +393,7 @@ fn call(signature: &syn::Signature, marks: &[(usize, Attribute, Source)]) -> Tok
             Source::Property(key) => {
                 quote_spanned!(at=> ::martlet::__private::property::<#ty>(&request, #key)?)
             }
-            Source::Extractor => {
-                waits = true;
-                quote_spanned!(at=> ::martlet::__private::extract(&request).await?)
-            }
+            Source::Extractor => quote_spanned!(at=> ::martlet::__private::extract(&request).await?),
         };
         reads.push(quote!(let #name: #ty = #read;));
         names.push(name);
@@ -423,28 +419,22 @@ fn call(signature: &syn::Signature, marks: &[(usize, Attribute, Source)]) -> Tok
             result
         };
         let send = quote_spanned!(at=> out.#all(format, stream).await);
-        return quote! {
-            |controller, request| {
-                let controller = ::std::rc::Rc::clone(controller);
-                ::martlet::__private::Outcome::future(async move {
-                    let format = request.format();
-                    #(#reads)*
-                    ::std::mem::drop(request);
-                    // The stream may borrow the controller, so both live in one future.
-                    ::martlet::__private::stream_reply(move |out| async move {
-                        let controller: &Self = &controller;
-                        let stream = #started;
-                        #send
-                    })
-                    .await
-                })
-            }
+        // The stream may borrow the controller, so both live in one future.
+        let reply = quote! {
+            ::martlet::__private::stream_reply(move |out| async move {
+                let controller: &Self = &controller;
+                let stream = #started;
+                #send
+            })
+            .await
         };
+        reads.insert(0, quote!(let format = request.format();));
+        return in_future(&reads, &reply);
     }
     let reply = match &signature.output {
         ReturnType::Default => quote! {
             #result;
-            ::std::result::Result::Ok(::martlet::__private::Reply::Empty)
+            ::std::result::Result::<(), ::martlet::__private::RpcError>::Ok(())
         },
         ReturnType::Type(..) => {
             let fail = quote_spanned!(at=> ::martlet::__private::fail(error));
@@ -458,36 +448,30 @@ fn call(signature: &syn::Signature, marks: &[(usize, Attribute, Source)]) -> Tok
             } else {
                 result
             };
-            let convert = quote_spanned!(at=> ::martlet::__private::IntoReply::into_reply(value, format));
+            let answer = quote_spanned!(at=> ::martlet::__private::answer(value));
             quote! {
                 let value = #value;
-                #convert
+                #answer
             }
         }
     };
-    let body = quote! {
-        #[allow(unused_variables)]
-        let format = request.format();
-        #(#reads)*
-        ::std::mem::drop(request);
-        #reply
-    };
-    if waits {
-        quote! {
-            |controller, request| {
-                let controller = ::std::rc::Rc::clone(controller);
-                ::martlet::__private::Outcome::future(async move {
-                    let controller: &Self = &controller;
-                    #body
-                })
-            }
-        }
-    } else {
-        quote! {
-            |controller, request| {
-                let run = move || -> ::martlet::__private::HandlerResult { #body };
-                ::martlet::__private::Outcome::Ready(run())
-            }
+    reads.push(quote!(let controller: &Self = &controller;));
+    in_future(&reads, &reply)
+}
+
+/// The endpoint that reads the arguments of a method and calls it.
+fn in_future(reads: &[TokenStream], call: &TokenStream) -> TokenStream {
+    quote! {
+        |controller| {
+            let controller = ::std::rc::Rc::clone(controller);
+            ::martlet::__private::endpoint(move |request: ::martlet::__private::Request| {
+                let controller = ::std::rc::Rc::clone(&controller);
+                async move {
+                    #(#reads)*
+                    ::std::mem::drop(request);
+                    #call
+                }
+            })
         }
     }
 }
