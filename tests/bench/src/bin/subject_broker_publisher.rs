@@ -2,10 +2,10 @@
 //! Subject of the publishers over Redis, RabbitMQ and MQTT: a Martlet client, a task for each event in flight, on one
 //! thread.
 
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use futures::future::try_join_all;
 use martlet::{ClientProxy, Transport};
 use martlet_bench::Result;
 use martlet_bench::options::Measure;
@@ -13,6 +13,7 @@ use martlet_bench::report::Report;
 use martlet_bench::service::NOTED;
 use martlet_bench::window::Window;
 use serde_json::json;
+use tokio::task::JoinSet;
 
 /// Publish events with Martlet.
 #[derive(Parser)]
@@ -36,9 +37,15 @@ fn main() -> Result<()> {
     actix_rt::System::new().block_on(async {
         let client = transport.into_client()?;
         client.connect().await?;
-        let window = measure.window();
+        let window = Rc::new(measure.window());
+        let mut tasks = JoinSet::new();
+        for number in 0..depth {
+            tasks.spawn_local(publish(client.clone(), number, Rc::clone(&window)));
+        }
         let load = async {
-            try_join_all((0..depth).map(|number| publish(&client, number, &window))).await?;
+            while let Some(ended) = tasks.join_next().await {
+                ended??;
+            }
             Ok(())
         };
         let report = window.measure(measure.warmup(), load).await?;
@@ -47,7 +54,7 @@ fn main() -> Result<()> {
     })
 }
 
-async fn publish(client: &ClientProxy, number: usize, window: &Window) -> Result<()> {
+async fn publish(client: ClientProxy, number: usize, window: Rc<Window>) -> Result<()> {
     // The raw programs look at the clock once per round of events; this one for every sixteenth event.
     let mut latency = Duration::ZERO;
     for turn in number + 1.. {

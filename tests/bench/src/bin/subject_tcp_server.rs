@@ -2,6 +2,7 @@
 //! Subject: Martlet's TCP server, on the one arbiter of its thread.
 
 use clap::Parser;
+use martlet::controller;
 use martlet_bench::service::{SUM, filler};
 use martlet_bench::{Result, process};
 use martlet_core::{Data, HandlerGroup, Microservice, Pattern, RpcError, message};
@@ -22,6 +23,19 @@ struct Options {
     /// One replica of the handler for all arbiters, so that requests on the others hop threads.
     #[arg(long)]
     singleton: bool,
+    /// Serve the sum from a controller, not from a function.
+    #[arg(long, conflicts_with = "singleton")]
+    controller: bool,
+}
+
+struct Sums;
+
+#[controller]
+impl Sums {
+    #[message_pattern({ "cmd": "sum" })]
+    async fn sum(&self, #[payload] numbers: Vec<i64>) -> i64 {
+        numbers.iter().sum()
+    }
 }
 
 fn sum(pattern: &str) -> HandlerGroup {
@@ -33,12 +47,15 @@ fn sum(pattern: &str) -> HandlerGroup {
 fn main() -> Result<()> {
     let options = Options::parse();
     actix_rt::System::new().block_on(async {
-        let handler = if options.singleton { sum(SUM).singleton() } else { sum(SUM) };
         let mut service = match options.arbiters {
             0 => Microservice::new().on_current_arbiter(),
             count => Microservice::new().arbiters(count),
         };
-        service = service.handlers(handler);
+        service = match options.controller {
+            true => service.controller(|| Sums),
+            false if options.singleton => service.handlers(sum(SUM).singleton()),
+            false => service.handlers(sum(SUM)),
+        };
         for number in 1..options.routes {
             service = service.handlers(sum(&filler(number)));
         }
