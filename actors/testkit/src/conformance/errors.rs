@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use futures::StreamExt;
 use futures::stream;
 use martlet_core::{CallError, Data, HandlerGroup, RpcError, Streaming, Unexpected, message};
+use serde::ser::{Serialize, SerializeSeq, Serializer};
 use serde_json::{Value, json};
 
 use super::{DELIBERATE, Harness, Names, Stage, ok, small, watch};
@@ -51,7 +52,19 @@ fn internal() -> Value {
     json!({"status": "error", "message": "Internal server error"})
 }
 
-/// A panic before the first await, after it, and inside a stream.
+/// What panics when it is serialized.
+struct Bomb;
+
+impl Serialize for Bomb {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut list = serializer.serialize_seq(Some(2))?;
+        list.serialize_element("half of it is written")?;
+        panic!("{DELIBERATE}");
+    }
+}
+
+/// A panic before the first await, after it, inside a stream, and while a value is serialized that was there at once, came
+/// later, or is an item of a stream.
 pub async fn a_panic_is_answered_and_the_service_lives<H: Harness>(harness: H) {
     let names = Names::new();
     let panics = message(names.of("panics"), |Data((place, _)): Data<(String, u64)>| async move {
@@ -68,7 +81,18 @@ pub async fn a_panic_is_answered_and_the_service_lives<H: Harness>(harness: H) {
             }))),
         }
     });
-    let service = small().handlers(panics).handlers(message(names.of("alive"), || async { ok(true) }));
+    let value = message(names.of("value"), |Data((place, _)): Data<(String, u64)>| async move {
+        if place == "later" {
+            tokio::task::yield_now().await;
+        }
+        ok(Bomb)
+    });
+    let item = message(names.of("item"), || async { ok(Streaming(stream::iter([Bomb]))) });
+    let service = small()
+        .handlers(panics)
+        .handlers(value)
+        .handlers(item)
+        .handlers(message(names.of("alive"), || async { ok("x".repeat(40)) }));
     let stage = Stage::new(harness, service).await;
     let seen = watch(stage.service.events());
     for round in 0..20 {
@@ -80,12 +104,23 @@ pub async fn a_panic_is_answered_and_the_service_lives<H: Harness>(harness: H) {
         assert_eq!(replies.next().await.unwrap().unwrap(), json!(1));
         assert_eq!(remote(replies.next().await.unwrap()), internal());
         assert!(replies.next().await.is_none());
-        assert!(stage.client.send::<bool>(names.of("alive"), 1).await.unwrap());
+        for (handler, place) in [("value", "at once"), ("value", "later"), ("item", "")] {
+            assert_eq!(remote(stage.client.send(names.of(handler), (place, round)).await), internal());
+            // What was written of it is not in the way of what comes next.
+            let alive = stage.client.send::<String>(names.of("alive"), 1).await.unwrap();
+            assert_eq!(alive, "x".repeat(40));
+        }
     }
-    assert_eq!(seen("handler_panicked"), 60);
+    assert_eq!(seen("handler_panicked"), 120);
     let reports = stage.service.handler_reports().await.unwrap();
-    let report = reports.iter().find(|report| report.panicked > 0).unwrap();
-    assert_eq!((report.panicked, report.failed, report.handled, report.in_flight), (60, 60, 60, 0));
+    let counts = |handler: &str| {
+        let pattern = names.of(handler);
+        let report = reports.iter().find(|report| report.route == pattern.route().as_str()).unwrap();
+        (report.panicked, report.failed, report.handled, report.in_flight)
+    };
+    assert_eq!(counts("panics"), (60, 60, 60, 0));
+    assert_eq!(counts("value"), (40, 40, 40, 0));
+    assert_eq!(counts("item"), (20, 20, 20, 0));
     stage.end().await;
 }
 
