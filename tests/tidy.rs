@@ -12,8 +12,6 @@ use serde_json::Value;
 /// Files that may be longer than [`MAX_LINES`], each with its reason.
 const LONG_FILES: &[(&str, &str)] = &[
     ("actors/core/src/client.rs", "the handle, its futures and the driver share private state"),
-    ("actors/core/src/handler.rs", "groups and the replica that runs them share private state"),
-    ("actors/core/src/correlation.rs", "one map, its timer and both its sides share private state"),
     ("actors/core/src/session.rs", "the loop's steps share private state"),
     ("actors/core/src/json.rs", "one scanner, half of it tests"),
 ];

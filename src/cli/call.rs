@@ -4,9 +4,9 @@
 use std::time::Duration;
 
 use clap::Args;
-use futures::StreamExt;
+use futures::{FutureExt, Stream, StreamExt};
 use martlet::reply::Record;
-use martlet::{ClientProxy, Metadata, Pattern, Payload, Transport};
+use martlet::{CallError, ClientProxy, ConnectionStatus, Metadata, Pattern, Payload, Transport};
 use serde_json::value::RawValue;
 
 use super::output::Output;
@@ -31,7 +31,9 @@ Examples:
   martlet emit nats://localhost:4222 user.created @user.json --header tenant=acme
   martlet emit mqtt://localhost sensors/7/on --header :qos=1
 
-Exit codes: 0 handed to the connection (nobody confirms an event), 2 usage, 5 not sent, 7 other.";
+Exit codes: 0 confirmed by the broker (Redis, RabbitMQ, MQTT with :qos=1 or 2), elsewhere handed to
+the connection, 2 usage, 4 not confirmed in time, 5 not sent, 6 connection lost, 7 other. With 4 and 6
+the event may have arrived.";
 
 /// What is sent.
 #[derive(Args)]
@@ -73,7 +75,7 @@ pub(super) struct SendArgs {
 pub(super) struct EmitArgs {
     #[command(flatten)]
     message: Message,
-    /// How long connecting and writing may take.
+    /// How long connecting, writing and the broker's confirmation may take: 500ms, 5s, 2m.
     #[arg(long, default_value = "10s", value_name = "TIME", value_parser = input::duration)]
     timeout: Duration,
 }
@@ -134,14 +136,33 @@ pub(super) async fn send(args: SendArgs, out: &mut Output) -> Result<(), Failure
 
 pub(super) async fn emit(args: EmitArgs) -> Result<(), Failure> {
     let Prepared { transport, client, pattern, record, metadata } = args.message.prepare()?;
+    let mut statuses = client.status_stream();
     let emitted = client.emit_with(pattern, record, metadata);
     let limit = if args.timeout.is_zero() { Duration::MAX } else { args.timeout };
-    let done = match tokio::time::timeout(limit, emitted).await {
-        Ok(done) => done.map_err(|error| Failure::of_call(&error, &transport, &args.message.target.pattern)),
-        Err(_) => {
-            Err(Failure::new(super::NOT_SENT, format!("not sent to {transport} within {:?}", args.timeout)))
+    let timed_out = CallError::Timeout { after: args.timeout };
+    let done = tokio::time::timeout(limit, emitted).await.unwrap_or(Err(timed_out));
+    let done = done.map_err(|error| match error {
+        // A session takes what waits for it in its first turn. Where nobody confirms, the event has ended then; so, once
+        // there was a connection, it is the confirmation that is missing.
+        CallError::Timeout { after } if was_connected(&mut statuses) => {
+            let text = format!("not confirmed by {transport} within {after:?}: the event may have arrived");
+            Failure::new(super::TIMEOUT, text)
         }
-    };
+        CallError::Timeout { after } => {
+            Failure::new(super::NOT_SENT, format!("not sent to {transport} within {after:?}"))
+        }
+        CallError::Lost { cause } => {
+            let text = format!("connection to {transport} lost: {cause}: the event may have arrived");
+            Failure::new(super::LOST, text)
+        }
+        error => Failure::of_call(&error, &transport, &args.message.target.pattern),
+    });
     client.close().await;
     done
+}
+
+/// Whether there has been a connection so far.
+fn was_connected(statuses: &mut (impl Stream<Item = ConnectionStatus> + Unpin)) -> bool {
+    std::iter::from_fn(|| statuses.next().now_or_never().flatten())
+        .any(|status| status == ConnectionStatus::Connected)
 }

@@ -49,7 +49,7 @@ Exit codes:
   1  the handler answered with an error; in a bench: calls failed or replies were wrong
   2  the command line is wrong: URL, option, pattern or data
   3  no handler for the pattern
-  4  no reply in time (the handler may have run)
+  4  no reply in time (the handler may have run), or, of an event, no confirmation
   5  not sent or not started: no connection, or the address is taken
   6  the connection was lost after sending (the handler may have run)
   7  anything else, such as a reply that cannot be read";

@@ -363,6 +363,51 @@ fn emit_hands_the_event_over_before_it_ends() {
     run(&["emit", &nobody(), "noted"]).failed(5, &["connection refused", "is the service running?"]);
 }
 
+/// Emits to an MQTT broker that lets its one client in or not, confirms nothing, and hangs up at the first message or
+/// not.
+#[cfg(feature = "mqtt")]
+fn emit_to_a_mute_broker(lets_in: bool, hangs_up: bool, options: &str, qos: &str) -> Run {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("mqtt://{}?{options}", listener.local_addr().unwrap());
+    let broker = std::thread::spawn(move || {
+        let (mut peer, _) = listener.accept().unwrap();
+        // There is no second connection.
+        drop(listener);
+        let mut bytes = [0; 1024];
+        assert!(peer.read(&mut bytes).unwrap() > 0, "it wants to connect");
+        if lets_in {
+            peer.write_all(&[0x20, 2, 0, 0]).unwrap();
+        }
+        // Until the tool has hung up.
+        while peer.read(&mut bytes).is_ok_and(|read| read > 0) && !hangs_up {}
+    });
+    let run = run(&["emit", &url, "noted", "1", "--timeout", "2s", "-H", qos]);
+    broker.join().unwrap();
+    run
+}
+
+#[cfg(feature = "mqtt")]
+#[test]
+fn an_event_that_may_have_arrived_is_told_from_one_that_was_not_sent() {
+    let emit = emit_to_a_mute_broker;
+    let unsent = ["not sent to mqtt", "within 2s"];
+    let unconfirmed = ["not confirmed by mqtt", "within 2s", "may have arrived"];
+    // Each waits for its time to pass.
+    std::thread::scope(|all| {
+        all.spawn(|| emit(false, false, "", ":qos=1").failed(5, &unsent));
+        all.spawn(|| emit(true, false, "", ":qos=1").failed(4, &unconfirmed));
+        all.spawn(|| emit(true, false, "", ":qos=2").failed(4, &unconfirmed));
+        all.spawn(|| emit(true, false, "", ":qos=0").printed(""));
+        // The client's own limit is the shorter one.
+        let own = ["not confirmed by mqtt", "within 1s", "may have arrived"];
+        all.spawn(move || emit(true, false, "callTimeout=1000", ":qos=1").failed(4, &own));
+        // While the connection is made anew, what became of the event is as unknown as before.
+        all.spawn(|| emit(true, true, "", ":qos=1").failed(4, &unconfirmed));
+        let lost = ["connection to mqtt", "lost: ", "may have arrived"];
+        all.spawn(move || emit(true, true, "reconnectPeriod=0", ":qos=1").failed(6, &lost));
+    });
+}
+
 // === listen ===
 
 #[test]

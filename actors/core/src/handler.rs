@@ -23,6 +23,7 @@ use tokio::sync::watch;
 
 use crate::error::RpcError;
 use crate::events::EventBus;
+use crate::forward::forward;
 use crate::interceptor::{Interceptor, Interceptors};
 use crate::pattern::Pattern;
 use crate::payload::{Format, Payload};
@@ -124,7 +125,8 @@ pub struct HandlerSupervision {
     pub intensity: Option<RestartIntensity>,
     /// What happens when a replica gives up. Default: its routes answer an error, the rest goes on.
     pub escalation: Escalation,
-    /// A message (same route, same payload) that made the handler panic this many times is refused.
+    /// A message (same route, same payload) that made the handler panic this many times is refused. Of an actor, panics in
+    /// its `handle` and in the futures that it answers with count, not those in futures that it polls itself.
     /// Default 3; 0 turns it off.
     pub poison_after: u32,
     /// Requests that wait for a free place of [`HandlerInfo::concurrency`], per handler and replica.
@@ -514,7 +516,7 @@ impl<A: Supervisable> ActorGroup<A> {
         let name = format!("{}::{}", short_name::<A>(), short_name::<M>());
         self.handlers.push(HandlerInfo::new(name, kind, pattern));
         self.forwards.push(Arc::new(move |address: Addr<A>| {
-            Box::new(forward_endpoint(address.recipient(), make.clone())) as Box<dyn Endpoint>
+            Box::new(forward(address.recipient(), make.clone())) as Box<dyn Endpoint>
         }));
         self
     }
@@ -658,7 +660,7 @@ impl SupervisorGroup {
                 panic!("the family has no `{wanted}` named `{child}` to route to; its children are: {known}");
             };
             let read = |request: &Request| request.data::<M>().map_err(bad_payload);
-            Box::new(forward_endpoint(address.recipient(), read))
+            Box::new(forward(address.recipient(), read))
         }));
         self
     }
@@ -714,33 +716,8 @@ where
     let info = HandlerInfo { location: Location::caller(), ..HandlerInfo::new(name, kind, pattern) };
     HandlerGroup::from_parts(name, vec![info], move |_| {
         let read = |request: &Request| request.data::<M>().map_err(bad_payload);
-        vec![Box::new(forward_endpoint(actor.clone(), read)) as Box<dyn Endpoint>]
+        vec![Box::new(forward(actor.clone(), read)) as Box<dyn Endpoint>]
     })
-}
-
-fn forward_endpoint<M>(
-    recipient: actix::Recipient<M>,
-    make: impl Fn(&Request) -> Result<M, RpcError> + 'static,
-) -> impl Fn(Request) -> Outcome + 'static
-where
-    M: Message + Send + 'static,
-    M::Result: IntoOutcome + Send,
-{
-    move |request| {
-        let message = match make(&request) {
-            Ok(message) => message,
-            Err(error) => return Outcome::Ready(Err(error)),
-        };
-        let format = request.format();
-        drop(request);
-        let asked = recipient.send(message);
-        Outcome::future(async move {
-            match asked.await {
-                Ok(result) => result.into_outcome(format),
-                Err(error) => Err(RpcError::unexpected(format!("the handler actor did not answer: {error}"))),
-            }
-        })
-    }
 }
 
 /// The result of an actor's message, or of a function, that can be a reply: `Result<R, E>`, a [`Streaming`] or

@@ -12,6 +12,7 @@ pub mod codec;
 mod correlation;
 pub mod error;
 pub mod events;
+mod forward;
 pub mod function;
 pub mod handler;
 pub mod headers;

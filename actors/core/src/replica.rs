@@ -7,6 +7,7 @@
 //!
 //! Sessions on the replica's own arbiter call it in place ([`here`]); what comes from other arbiters comes as messages.
 
+use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
@@ -27,6 +28,7 @@ use tokio::time::Instant;
 
 use crate::error::RpcError;
 use crate::events::ServiceEvent;
+use crate::forward::ActorPanicked;
 use crate::handler::{Endpoint, EndpointFactory, HandlerGroup, HandlerSupervision, Outcome, ReplicaContext};
 use crate::headers::Headers;
 use crate::in_flight::End;
@@ -468,7 +470,7 @@ impl Replica {
         }));
         if let Err(panic) = called {
             drop(endpoints);
-            self.panicked(index, data.as_ref(), panic_text(panic));
+            self.panicked(index, data.as_ref(), panic);
             self.finished(index, Ended::Panicked);
             return refused(RpcError::unexpected("the handler panicked"));
         }
@@ -566,7 +568,7 @@ impl Replica {
                         if let Some(responder) = responder.take() {
                             responder.fail(&RpcError::unexpected("the handler panicked"));
                         }
-                        replica.panicked(index, data.as_ref(), panic_text(panic));
+                        replica.panicked(index, data.as_ref(), panic);
                         Ended::Panicked
                     }
                 };
@@ -685,7 +687,9 @@ impl Replica {
     }
 
     /// Answers a panic of the user's code: remembers the message, rebuilds the endpoints.
-    fn panicked(&self, index: u32, data: Option<&Payload>, cause: String) {
+    fn panicked(&self, index: u32, data: Option<&Payload>, panic: Box<dyn Any + Send>) {
+        let of_actor = panic.is::<ActorPanicked>();
+        let cause = if of_actor { "the handler actor panicked".to_owned() } else { panic_text(panic) };
         let route = self.handlers[index as usize].route.clone();
         self.context
             .events
@@ -695,8 +699,17 @@ impl Replica {
             let mut poison = self.poison.borrow_mut();
             if poison.len() >= MAX_POISON && !poison.contains_key(&key) {
                 poison.clear();
+                self.context.events.emit(ServiceEvent::BoundHit {
+                    place: Arc::from(route.as_ref()),
+                    bound: "poison_memory",
+                    limit: MAX_POISON as u64,
+                    action: "the poisonous messages that were remembered are forgotten",
+                });
             }
             *poison.entry(key).or_insert(0) += 1;
+        }
+        if of_actor {
+            return;
         }
         let allowed = self.window.borrow_mut().as_mut().is_none_or(|window| window.allow(Instant::now()));
         if !allowed {

@@ -73,6 +73,9 @@ pub struct ServerOptions {
     pub connect_timeout: Duration,
     /// How long an accepted peer may take for its handshake (TLS). Default 10 s.
     pub handshake_timeout: Duration,
+    /// How long what a peer has asked may still take once it has closed its sending side; then its connection is closed.
+    /// Default 1 s: a NestJS client that closes waits for the other side to close, too. (Brokers: not used.)
+    pub half_close_timeout: Duration,
 }
 
 impl Default for ServerOptions {
@@ -88,6 +91,7 @@ impl Default for ServerOptions {
             on_failure: None,
             connect_timeout: Duration::from_secs(10),
             handshake_timeout: Duration::from_secs(10),
+            half_close_timeout: Duration::from_secs(1),
         }
     }
 }
@@ -97,6 +101,7 @@ impl ServerOptions {
         SessionLimits {
             max_in_flight: self.max_in_flight.max(1),
             high_water_bytes: self.high_water_bytes.max(1),
+            half_close: self.half_close_timeout,
             on_failure: self.on_failure,
             ..SessionLimits::default()
         }
@@ -242,6 +247,15 @@ impl ServerState {
 
     fn is_starting(&self) -> bool {
         self.ready.lock().is_some()
+    }
+
+    /// Nothing more is tried: the service is asked to stop.
+    fn give_up(&self, cause: &SessionError) {
+        self.child.failed_with(ChildState::Failed, &cause.to_string());
+        self.env
+            .events
+            .emit(ServiceEvent::GaveUp { child: Arc::clone(self.child.name()), cause: cause.to_string() });
+        (self.env.escalate.0)(format!("{}: {cause}", self.info.name));
     }
 
     fn session_failed(&self, peer: Option<Arc<str>>, error: SessionError) {
@@ -454,11 +468,7 @@ impl Handler<DriverEnded> for ServerActor {
                 self.state.status.set(ConnectionStatus::Disconnected);
                 self.state.child.failed_with(ChildState::Failed, &cause.to_string());
                 if !self.state.ready(Err(cause.clone())) && !stopping {
-                    self.state.env.events.emit(ServiceEvent::GaveUp {
-                        child: Arc::clone(self.state.child.name()),
-                        cause: cause.to_string(),
-                    });
-                    (self.state.env.escalate.0)(format!("{}: {cause}", self.state.info.name));
+                    self.state.give_up(&cause);
                 }
             }
             Err(cause) if self.state.is_starting() => {
@@ -534,18 +544,22 @@ async fn serve_dialled<D: Dial>(
     let mut backoff = Backoff::new(state.options.retry_delay);
     let mut failures = 0u32;
     state.status.set(ConnectionStatus::Connecting);
+    let mut started = false;
     loop {
         let plan = {
             let table = Arc::clone(&tables.borrow());
+            let mut subscriptions = Vec::new();
             for entry in table.iter() {
-                if let Err(reason) = dial.check_pattern(&entry.pattern) {
-                    return Err(SessionError::fatal(format!("pattern {}: {reason}", entry.route)));
+                match dial.check_pattern(&entry.pattern) {
+                    Ok(()) => subscriptions.push(entry.subscription()),
+                    Err(reason) if !started => {
+                        return Err(SessionError::fatal(format!("pattern {}: {reason}", entry.route)));
+                    }
+                    // Registered since: the session tries to subscribe it, which is refused and reported.
+                    Err(_) => {}
                 }
             }
-            SessionPlan {
-                role: Role::Server,
-                subscriptions: table.iter().map(|entry| entry.subscription()).collect(),
-            }
+            SessionPlan { role: Role::Server, subscriptions }
         };
         let planned = plan.subscriptions.iter().map(|subscription| subscription.route.clone()).collect();
         let limit = state.options.connect_timeout;
@@ -558,6 +572,7 @@ async fn serve_dialled<D: Dial>(
         {
             Ok(session) => {
                 failures = 0;
+                started = true;
                 let mut fresh = tables.clone();
                 // What changed while dialling is subscribed by the session.
                 fresh.mark_changed();
@@ -705,6 +720,9 @@ async fn serve_listening<L: Listen>(
         state.status.set(ConnectionStatus::Disconnected);
         state.session_failed(None, error.clone());
         if attempts >= state.options.retry_attempts.unwrap_or(0) {
+            // Who is connected is served until the service stops, which this asks for.
+            state.give_up(&error);
+            drain_peers(&peers, stopped(&mut stop).await).await;
             return Err(error);
         }
         attempts += 1;

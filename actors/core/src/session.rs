@@ -189,6 +189,7 @@ struct Loop<S: Session> {
     /// Runs once the peer has closed its side.
     half_closed: Option<Pin<Box<tokio::time::Sleep>>>,
     reported_full: bool,
+    reported_congested: bool,
     handed_back: u64,
     /// The next request: its packet is read into it, so that it need not be moved.
     next: Option<Request>,
@@ -250,6 +251,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         draining: false,
         half_closed: None,
         reported_full: false,
+        reported_congested: false,
         handed_back: 0,
         next: None,
         stray: IncomingPacket::default(),
@@ -597,6 +599,14 @@ impl<S: Session> Loop<S> {
         self.unflushed = 0;
         let flushed = self.writer.poll_flush(cx)?.is_ready();
         let congested = self.is_full();
+        if congested && !std::mem::replace(&mut self.reported_congested, true) {
+            self.env.events.emit(ServiceEvent::BoundHit {
+                place: Arc::clone(&self.peer),
+                bound: "high_water_bytes",
+                limit: self.env.limits.high_water_bytes as u64,
+                action: "reading pauses, streams and calls wait until the peer has read",
+            });
+        }
         let mut inner = self.shared.inner.lock();
         inner.congested = congested;
         if !congested && !inner.waiting.is_empty() {

@@ -484,7 +484,8 @@ pub trait SessionWriter<R>: 'static {
         self.write(Outbound::Event(message)).map(|()| Taken::Written)
     }
 
-    /// Moves what was taken towards the wire; ready when nothing is left.
+    /// Moves what was taken towards the wire; ready when nothing is left. Polled in each turn of the session before the
+    /// reader is, and once more after it for a lone answer.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>>;
 
     /// How many bytes were taken and are not yet on the wire. Above the session's high-water mark the

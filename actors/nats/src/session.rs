@@ -286,11 +286,12 @@ impl SessionReader<NatsReplyTo> for NatsReader {
             let link = &self.link;
             let mut streams = link.streams.borrow_mut();
             let next = match self.held.take() {
-                Some((key, message)) => {
-                    let read =
-                        streams.tag(key).map(|purpose| Self::read(link, purpose, message?, cx, packet));
-                    Poll::Ready(read)
-                }
+                Some((key, message)) => Poll::Ready(match (streams.tag(key), message) {
+                    (_, None) => None,
+                    // Forgotten meanwhile, and what had arrived for it with it.
+                    (None, Some(_)) => Some(None),
+                    (Some(purpose), Some(message)) => Some(Self::read(link, purpose, message, cx, packet)),
+                }),
                 None => streams.poll_next(cx, |cx, (_, purpose), message| {
                     Some(Self::read(link, purpose, message?, cx, packet))
                 }),

@@ -192,7 +192,7 @@ impl Intake {
         ))
     }
 
-    /// Does what is to be done whether or not messages are taken; to be called once a turn.
+    /// Does what is to be done whether or not messages are taken; to be called in each turn.
     pub(crate) fn tend(&mut self, cx: &mut Context<'_>) -> Result<(), SessionError> {
         self.part(cx);
         loop {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Acknowledgements: gathered from the runtime and from handlers on any thread, told to the broker once a turn.
+//! Acknowledgements: gathered from the runtime and from handlers on any thread, told to the broker when the session flushes.
 
 use std::collections::VecDeque;
 use std::task::Context;

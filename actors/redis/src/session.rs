@@ -295,6 +295,9 @@ impl RedisWriter {
                 self.message(&mut message, id, Note::Plain)
             }
             Outbound::Subscribe(subscription) => {
+                let route = &subscription.route;
+                wire::check_channel(route)
+                    .map_err(|reason| WireError::Channel { reason: format!("pattern {route}: {reason}") })?;
                 let mut subscriber = self.link.subscriber.borrow_mut();
                 Link::serve(&self.link.settings, &mut subscriber, &subscription);
                 Ok(())

@@ -36,6 +36,12 @@ pub enum WireError {
         /// The bound.
         limit: usize,
     },
+    /// A route cannot be a channel.
+    #[error("{reason}")]
+    Channel {
+        /// Why.
+        reason: String,
+    },
 }
 
 // === channels ===

@@ -98,6 +98,10 @@ pub struct TcpServerOptions {
     /// How long a TLS handshake may take, in milliseconds. Default 10,000.
     #[serde(with = "millis")]
     pub handshake_timeout: Duration,
+    /// How long what a peer has asked may still take once it has closed its sending side, in milliseconds; then its
+    /// connection is closed. Default 1,000: a NestJS client that closes waits for the server to close, too.
+    #[serde(with = "millis")]
+    pub half_close_timeout: Duration,
     /// Connections that may wait to be accepted (the socket's backlog). Default 1024.
     pub backlog: u32,
     /// Codec and framing.
@@ -121,6 +125,7 @@ impl Default for TcpServerOptions {
             max_connections: server.max_connections,
             high_water_bytes: server.high_water_bytes,
             handshake_timeout: server.handshake_timeout,
+            half_close_timeout: server.half_close_timeout,
             backlog: 1024,
             protocol: TcpProtocol::default(),
         }
@@ -142,6 +147,7 @@ impl TcpServerOptions {
         "maxConnections",
         "highWaterBytes",
         "handshakeTimeout",
+        "halfCloseTimeout",
         "backlog",
     ];
 
@@ -192,6 +198,7 @@ impl TcpServerOptions {
         server.max_connections = self.max_connections;
         server.high_water_bytes = self.high_water_bytes;
         server.handshake_timeout = self.handshake_timeout;
+        server.half_close_timeout = self.half_close_timeout;
         server.retry_attempts = Some(self.retry_attempts);
         server.retry_delay = BackoffOptions::fixed(self.retry_delay);
         server

@@ -663,9 +663,6 @@ impl SessionWriter<()> for TcpWriter {
                 }
             }
         }
-        if self.out.is_empty() {
-            return Poll::Ready(Ok(()));
-        }
         let mut io = self.io.borrow_mut();
         while !self.out.is_empty() {
             let written = ready!(io.poll_write(cx, &self.out))?;
@@ -677,6 +674,7 @@ impl SessionWriter<()> for TcpWriter {
         if self.out.capacity() > LARGE_READ {
             self.out = BytesMut::new();
         }
+        // Even with nothing left here: TLS may have taken what the socket has not.
         io.poll_flush(cx).map_err(SessionError::from)
     }
 

@@ -463,6 +463,31 @@ async fn routes_come_and_go_while_traffic_flows() {
 }
 
 #[actix::test]
+async fn a_late_route_that_nats_cannot_carry_is_reported_and_disturbs_nobody() {
+    let mut broker = Broker::start();
+    let (service, _) = serve(server_options(&broker), [sum()]).await;
+    let reported = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&reported);
+    service.events().on(move |event| {
+        if event.name() == "bad_input" && event.to_string().contains("white space") {
+            count.fetch_add(1, Ordering::SeqCst);
+        }
+    });
+    let late = message("a b", || async { Ok::<_, RpcError>(()) });
+    service.registry().register(vec![late]).await.unwrap();
+    until("the report", || reported.load(Ordering::SeqCst) == 1).await;
+    let client = client(&broker);
+    assert_eq!(client.send::<i64>("sum", [1]).await.unwrap(), 1);
+    broker.restart();
+    // In the next session, too.
+    until("the next report", || reported.load(Ordering::SeqCst) == 2).await;
+    assert_eq!(client.send::<i64>("sum", [1]).await.unwrap(), 1);
+    client.close().await;
+    let report = service.stop(GRACE).await;
+    assert!(report.clean, "{report:?}");
+}
+
+#[actix::test]
 async fn what_cannot_wait_any_more_is_dropped_counted_and_reported() {
     let broker = Broker::start();
     let count = Arc::new(AtomicU64::new(0));

@@ -8,6 +8,7 @@ mod config;
 mod conformance;
 mod faults;
 mod golden;
+mod hello;
 mod lifecycle;
 mod login;
 mod messages;

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The conformance suite over TCP: as NestJS speaks it, in MessagePack with a binary framing, and over TLS.
+//! The conformance suite over TCP: as NestJS speaks it, in MessagePack with a binary framing, with a codec and a framing
+//! from elsewhere, and over TLS.
 //! Clients come through a relay, which is what is cut.
 
 use bytes::{Bytes, BytesMut};
 use futures::FutureExt;
 use futures::future::LocalBoxFuture;
 use martlet_core::codec::MessagePackCodec;
-use martlet_core::{ClientOptions, ClientProxy, Format, Server, ServerOptions};
+use martlet_core::{ClientOptions, ClientProxy, Server, ServerOptions};
 use martlet_tcp::wire::{FrameLimits, FrameState, Framing};
 use martlet_tcp::{
     LengthDelimited, NestFraming, TcpClient, TcpClientOptions, TcpServer, TcpServerOptions, TlsClientOptions,
@@ -17,6 +18,8 @@ use martlet_testkit::features::Features;
 use martlet_testkit::relay::Relay;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+
+use crate::foreign::{Closed, Marked};
 
 #[derive(Default)]
 struct Tcp {
@@ -39,6 +42,15 @@ impl Tcp {
         }
     }
 
+    fn foreign() -> Self {
+        let codec = Marked { inverted: true };
+        Self {
+            server: TcpServerOptions::new().codec(codec).framing(Closed),
+            client: TcpClientOptions::new().codec(codec).framing(Closed),
+            relays: Vec::new(),
+        }
+    }
+
     fn tls() -> Self {
         let pair = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
         let (cert, key) = (pair.cert.pem(), pair.signing_key.serialize_pem());
@@ -50,7 +62,7 @@ impl Tcp {
     }
 
     fn is_plain_json(&self) -> bool {
-        self.server.tls_options.is_none() && self.server.protocol.codec.format() == Format::Json
+        self.server.tls_options.is_none() && self.server.protocol.codec.name() == "json"
     }
 
     fn relay(&mut self, url: &str) -> &Relay {
@@ -150,6 +162,11 @@ mod nest {
 mod message_pack {
     use super::*;
     martlet_testkit::conformance_tests!(Tcp::message_pack(); core, metadata, cancel, cuts, accepts);
+}
+
+mod foreign {
+    use super::*;
+    martlet_testkit::conformance_tests!(Tcp::foreign(); core, metadata, cancel, cuts, accepts);
 }
 
 mod tls {

@@ -38,6 +38,25 @@ async fn a_half_closed_peer_is_answered() {
     service.stop().await;
 }
 
+#[actix::test]
+async fn a_half_closed_peer_is_waited_for_as_long_as_the_option_says() {
+    for (limit, answered) in [(100, false), (5000, true)] {
+        let service = Service::with(|it| it.half_close_timeout = Duration::from_millis(limit)).await;
+        let mut raw = service.raw().await;
+        raw.send(&frame(r#"{"pattern":"slow","data":1200,"id":"a"}"#)).await;
+        let started = Instant::now();
+        raw.0.shutdown().await.unwrap();
+        let rest = raw.rest().await;
+        assert_eq!(
+            rest.contains(r#"{"response":1200,"isDisposed":true,"id":"a"}"#),
+            answered,
+            "{limit}: {rest}"
+        );
+        assert_eq!(started.elapsed() >= Duration::from_millis(1200), answered, "{:?}", started.elapsed());
+        service.stop().await;
+    }
+}
+
 /// A NestJS client that closes waits until the server has closed, too: a stream without end must not keep it.
 #[actix::test]
 async fn a_half_closed_peer_does_not_keep_an_endless_stream() {

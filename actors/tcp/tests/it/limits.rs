@@ -186,6 +186,25 @@ async fn max_in_flight() {
 }
 
 #[actix::test]
+async fn high_water_bytes() {
+    let service = Service::with(|it| it.high_water_bytes = 64 * 1024).await;
+    let mut raw = service.raw().await;
+    // A peer that does not read: what neither it nor the sockets take waits here.
+    let echo = frame(&format!(r#"{{"pattern":"echo","data":"{}","id":"e"}}"#, "x".repeat(1 << 20)));
+    let flood = async {
+        for _ in 0..1000 {
+            raw.send(&echo).await;
+        }
+    };
+    tokio::select! {
+        () = flood => panic!("a gigabyte was taken"),
+        () = service.reports(&["bound_hit", "high_water_bytes", "65536"]) => {}
+    }
+    service.serves_others().await;
+    service.stop().await;
+}
+
+#[actix::test]
 async fn max_pending_of_a_client() {
     let service = Service::with(|_| {}).await;
     let options = TcpClientOptions::new().address("127.0.0.1", service.port()).with(|it| it.max_pending = 2);

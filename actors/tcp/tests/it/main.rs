@@ -6,6 +6,7 @@
 mod cancel;
 mod conformance;
 mod connections;
+mod foreign;
 mod frames;
 mod golden;
 mod hostile;

@@ -2,10 +2,15 @@
 
 //! TLS: right and wrong certificates, on both sides; what is wrong is said on both sides.
 
+use std::net::SocketAddr;
+use std::time::Duration;
+
 use martlet_core::CallError;
 use martlet_tcp::{TcpClient, TcpClientOptions, TlsClientOptions, TlsServerOptions};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::time::timeout;
 
 use crate::support::{Service, sum, within};
 
@@ -87,6 +92,49 @@ async fn both_sides_agree() {
     assert_eq!(call(&service, named).await.unwrap(), 3);
     client.close().await;
     assert_eq!(service.take_events(), Vec::<String>::new());
+    service.stop().await;
+}
+
+/// What TLS has taken and the socket has not leaves, too, when there is room again.
+#[actix::test]
+async fn a_reply_reaches_a_peer_that_reads_slowly_to_its_end() {
+    let authority = Authority::new("good");
+    let service = service(server(&authority.signs(&["127.0.0.1"], |_| {}))).await;
+    let slow = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let options = TcpClientOptions::new()
+        .address("127.0.0.1", slow.local_addr().unwrap().port())
+        .tls(TlsClientOptions::new(authority.pem.clone()));
+    let target = SocketAddr::from(([127, 0, 0, 1], service.port()));
+    actix_rt::spawn(async move {
+        let (client, _) = slow.accept().await.unwrap();
+        let server = TcpSocket::new_v4().unwrap();
+        // Little is on its way, so that the server has to wait.
+        server.set_recv_buffer_size(16 * 1024).unwrap();
+        let server = server.connect(target).await.unwrap();
+        let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
+            (client.into_split(), server.into_split());
+        actix_rt::spawn(async move { tokio::io::copy(&mut from_client, &mut to_server).await });
+        let mut chunk = vec![0; 256 * 1024];
+        loop {
+            // Until the server can write no more; then all that there is.
+            from_server.readable().await.unwrap();
+            tokio::time::sleep(Duration::from_millis(60)).await;
+            while let Ok(read) = timeout(Duration::from_millis(20), from_server.read(&mut chunk)).await {
+                match read.unwrap() {
+                    0 => return,
+                    read => to_client.write_all(&chunk[..read]).await.unwrap(),
+                }
+            }
+        }
+    });
+    let client = TcpClient::new(options);
+    // Of some of these the end meets a full socket.
+    for kib in (2048..4096).step_by(48) {
+        let text = "x".repeat(kib << 10);
+        let echo = client.send::<String>("echo", &text).timeout(Duration::from_secs(10)).await;
+        assert!(echo.unwrap() == text);
+    }
+    client.close().await;
     service.stop().await;
 }
 
