@@ -46,25 +46,25 @@ struct Letter {
 struct Retire;
 
 struct Clerk {
-    tells: mpsc::UnboundedSender<String>,
+    tells: mpsc::Sender<String>,
     notes: usize,
 }
 
 impl Clerk {
-    fn new(tells: &mpsc::UnboundedSender<String>) -> Self {
+    fn new(tells: &mpsc::Sender<String>) -> Self {
         Self { tells: tells.clone(), notes: 0 }
     }
 
     fn write(&mut self, text: &str) {
         self.notes += 1;
-        self.tells.send(format!("{text}, {}", self.notes)).unwrap();
+        self.tells.try_send(format!("{text}, {}", self.notes)).unwrap();
     }
 }
 
 impl Drop for Clerk {
     fn drop(&mut self) {
         // Nobody may be listening any more.
-        let _ = self.tells.send("gone".to_owned());
+        let _ = self.tells.try_send("gone".to_owned());
     }
 }
 
@@ -108,11 +108,11 @@ impl Handler<Retire> for Clerk {
 }
 
 /// What was told to the clerks, in order.
-struct Heard(mpsc::UnboundedReceiver<String>);
+struct Heard(mpsc::Receiver<String>);
 
 impl Heard {
-    fn new() -> (mpsc::UnboundedSender<String>, Self) {
-        let (tells, hears) = mpsc::unbounded_channel();
+    fn new() -> (mpsc::Sender<String>, Self) {
+        let (tells, hears) = mpsc::channel(1024);
         (tells, Self(hears))
     }
 
@@ -294,7 +294,7 @@ struct LeaveAlone;
 
 struct Manager {
     registry: Registry,
-    tells: mpsc::UnboundedSender<String>,
+    tells: mpsc::Sender<String>,
     open: Option<RegistrationId>,
     own: Arc<OnceLock<RegistrationId>>,
 }

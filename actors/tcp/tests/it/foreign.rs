@@ -167,18 +167,18 @@ async fn unsealed(socket: &mut TcpStream) -> String {
 /// A service that was asked for on a free port, and what it hears of events and reports.
 struct Service {
     running: RunningService,
-    heard: mpsc::UnboundedReceiver<u64>,
-    reported: mpsc::UnboundedReceiver<String>,
+    heard: mpsc::Receiver<u64>,
+    reported: mpsc::Receiver<String>,
 }
 
 impl Service {
     async fn start(codec: impl Codec, framing: impl Framing) -> Self {
-        let (hears, heard) = mpsc::unbounded_channel();
-        let (reports, reported) = mpsc::unbounded_channel();
+        let (hears, heard) = mpsc::channel(1024);
+        let (reports, reported) = mpsc::channel(1024);
         let options = TcpServerOptions::new().address("127.0.0.1", 0).codec(codec).framing(framing);
         let running = Microservice::new()
             .arbiters(1)
-            .on(move |event: &ServiceEvent| reports.send(format!("{}: {event}", event.name())).unwrap())
+            .on(move |event: &ServiceEvent| reports.try_send(format!("{}: {event}", event.name())).unwrap())
             .handlers(message("echo", |Data(text): Data<String>| async move { Ok::<_, RpcError>(text) }))
             .handlers(message("count", |Data(to): Data<u64>| async move {
                 Ok::<_, RpcError>(Streaming(futures::stream::iter(0..to)))
@@ -186,7 +186,7 @@ impl Service {
             .handlers(message("refused", || async { Ok::<_, RpcError>(REFUSED) }))
             .handlers(message("fail", || async { Err::<(), _>(RpcError::message("no")) }))
             .handlers(event("noted", move |Data(number): Data<u64>| {
-                hears.send(number).unwrap();
+                hears.try_send(number).unwrap();
                 async { Ok::<_, RpcError>(()) }
             }))
             .server(TcpServer::new(options))
