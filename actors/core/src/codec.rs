@@ -128,7 +128,7 @@ pub enum CodecError {
     #[error(transparent)]
     Encode(#[from] EncodeError),
     /// Anything a codec from elsewhere reports.
-    #[error("malformed packet")]
+    #[error("malformed packet: {0}")]
     Other(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 

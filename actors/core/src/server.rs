@@ -718,6 +718,7 @@ async fn serve_listening<L: Listen>(
             Err(error) => error,
         };
         state.status.set(ConnectionStatus::Disconnected);
+        *state.native.lock() = None;
         state.session_failed(None, error.clone());
         if attempts >= state.options.retry_attempts.unwrap_or(0) {
             // Who is connected is served until the service stops, which this asks for.

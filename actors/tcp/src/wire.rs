@@ -56,12 +56,42 @@ pub struct FrameState {
     broken: bool,
 }
 
+impl FrameState {
+    /// Bytes that a framing has looked at in vain, from the front of the buffer: 0 at first. For framings from elsewhere, which
+    /// set it.
+    pub fn scanned(&self) -> usize {
+        self.scanned
+    }
+
+    /// Says how many bytes need not be looked at again; 0 when a frame has been taken off.
+    pub fn set_scanned(&mut self, scanned: usize) {
+        self.scanned = scanned;
+    }
+}
+
 /// A place reserved by [`Framing::begin`], to be given to [`Framing::finish`].
 #[derive(Debug, Clone, Copy)]
 #[must_use]
 pub struct FrameMark {
     start: usize,
     body: usize,
+}
+
+impl FrameMark {
+    /// A frame that begins at `start` of the buffer, its body at `body`.
+    pub fn new(start: usize, body: usize) -> Self {
+        Self { start, body }
+    }
+
+    /// Where the frame begins.
+    pub fn start(&self) -> usize {
+        self.start
+    }
+
+    /// Where its body begins.
+    pub fn body(&self) -> usize {
+        self.body
+    }
 }
 
 /// Splits a byte stream into messages and joins messages to one. Replaceable, as NestJS's `socketClass` is.
@@ -177,6 +207,12 @@ pub enum FrameError {
     /// The body to be sent is empty; NestJS takes such a frame as a fault.
     #[error("the body to be framed is empty")]
     Empty,
+    /// Anything that a framing from elsewhere finds wrong.
+    #[error("malformed frame: {reason}")]
+    Other {
+        /// What is wrong.
+        reason: String,
+    },
 }
 
 impl FrameError {

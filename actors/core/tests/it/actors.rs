@@ -249,10 +249,13 @@ fn an_actor_that_runs_already_can_be_unrouted_and_can_stop() {
         let count = message_to::<Count>("count", clerk.clone().recipient());
         let (service, client) = serve(Microservice::new().on_current_arbiter().handlers(count)).await;
         let log = log(service.events());
-        let noted = event_to::<Note>("noted", clerk.clone().recipient());
-        let noted = service.registry().register(vec![noted]).await.unwrap();
+        // An event has as many listeners as there are.
+        let (tells, mut other_heard) = Heard::new();
+        let other = Clerk::new(&tells).start();
+        let both = [&clerk, &other].map(|clerk| event_to::<Note>("noted", clerk.clone().recipient()));
+        let noted = service.registry().register(both.to_vec()).await.unwrap();
         client.emit("noted", note("a")).await.unwrap();
-        assert_eq!(heard.next().await, "a, 1");
+        assert_eq!([heard.next().await, other_heard.next().await], ["a, 1", "a, 1"]);
 
         assert!(service.registry().unregister(noted).await.unwrap());
         client.emit("noted", note("b")).await.unwrap();

@@ -130,7 +130,7 @@ impl Framing for Closed {
         let body = buf.split_to(length).freeze();
         match buf.get_u8() {
             CLOSING => Ok(Some(body)),
-            _ => Err(FrameError::CorruptLength { prefix: length.to_string() }),
+            other => Err(FrameError::Other { reason: format!("it closes with {other}") }),
         }
     }
 
@@ -290,7 +290,9 @@ async fn a_server_reads_and_writes_what_they_say_and_nothing_else() {
     let unmarked = [&5_u32.to_be_bytes()[..], b"plain;"].concat();
     let mut unclosed = sealed(r#"{"pattern":"echo","data":"d","id":"4"}"#);
     *unclosed.last_mut().unwrap() = b'?';
-    for (bytes, part) in [(unmarked, "malformed packet"), (unclosed, "\"39\"")] {
+    for (bytes, part) in
+        [(unmarked, "it does not begin with a mark"), (unclosed, "malformed frame: it closes with 63")]
+    {
         let mut socket = service.connect().await;
         socket.write_all(&bytes).await.unwrap();
         assert_eq!(within(socket.read(&mut [0])).await.unwrap().unwrap(), 0);
@@ -299,6 +301,7 @@ async fn a_server_reads_and_writes_what_they_say_and_nothing_else() {
     }
     socket.write_all(&sealed(r#"{"pattern":"echo","data":"e","id":"5"}"#)).await.unwrap();
     assert_eq!(unsealed(&mut socket).await, r#"{"response":"e","isDisposed":true,"id":"5"}"#);
+    drop(socket);
     service.running.stop(Duration::from_secs(5)).await;
 }
 
@@ -346,4 +349,68 @@ async fn a_foreign_binary_codec_does_not_start_in_a_framing_of_text() {
     let started = Microservice::new().on_current_arbiter().server(TcpServer::new(options)).start().await;
     let told = started.unwrap_err().to_string();
     assert!(told.contains("marked") && told.contains("nest"), "{told}");
+}
+
+/// Two bytes of length, and the bytes.
+#[derive(Debug, Clone, Copy)]
+struct Short;
+
+impl Framing for Short {
+    fn name(&self) -> &'static str {
+        "short"
+    }
+
+    fn binary_safe(&self) -> bool {
+        true
+    }
+
+    fn decode(
+        &self,
+        buf: &mut BytesMut,
+        _: &mut FrameState,
+        _: &FrameLimits,
+    ) -> Result<Option<Bytes>, FrameError> {
+        let Some(head) = buf.first_chunk::<2>() else { return Ok(None) };
+        let length = usize::from(u16::from_be_bytes(*head));
+        if buf.len() < length + 2 {
+            return Ok(None);
+        }
+        buf.advance(2);
+        Ok(Some(buf.split_to(length).freeze()))
+    }
+
+    fn begin(&self, out: &mut BytesMut, hint: usize) -> FrameMark {
+        let start = out.len();
+        out.reserve(2 + hint);
+        out.put_u16(0);
+        FrameMark::new(start, start + 2)
+    }
+
+    fn finish(&self, out: &mut BytesMut, mark: FrameMark) -> Result<(), FrameError> {
+        let length = out.len() - mark.body();
+        let Ok(prefix) = u16::try_from(length) else {
+            out.truncate(mark.start());
+            return Err(FrameError::TooLong { length, limit: usize::from(u16::MAX) });
+        };
+        out[mark.start()..mark.body()].copy_from_slice(&prefix.to_be_bytes());
+        Ok(())
+    }
+}
+
+#[actix::test]
+async fn what_a_foreign_framing_cannot_carry_is_refused_alone() {
+    let service = Service::start(JsonCodec, Short).await;
+    let options = TcpClientOptions::new().address("127.0.0.1", service.port());
+    let client = TcpClient::new(options.codec(JsonCodec).framing(Short));
+    let echo = |text: String| client.send::<String>("echo", text);
+    let (before, large, after) =
+        futures::join!(echo("a".to_owned()), echo("x".repeat(65_536)), echo("b".to_owned()));
+    assert_eq!((before.unwrap(), after.unwrap()), ("a".to_owned(), "b".to_owned()));
+    assert!(matches!(large, Err(CallError::Encode { .. })), "{large:?}");
+    // The bound itself, with what is around it.
+    let around = r#"{"response":"","isDisposed":true,"id":"0123456789abcdef01234"}"#.len();
+    let most = "x".repeat(65_000 - around);
+    assert_eq!(echo(most.clone()).await.unwrap(), most);
+    client.close().await;
+    service.running.stop(Duration::from_secs(5)).await;
 }
