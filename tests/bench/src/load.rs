@@ -45,13 +45,7 @@ async fn run_local(plan: Plan, warmup: Duration, window: Rc<Window>) -> Result<R
         let connection = Connection::new(stream, number, &plan, window.clone());
         tasks.spawn_local(connection.run());
     }
-    let load = async {
-        while let Some(ended) = tasks.join_next().await {
-            ended??;
-        }
-        Ok(())
-    };
-    let report = window.measure(warmup, load).await?;
+    let report = window.measure_tasks(warmup, tasks).await?;
     Ok(Report {
         target: format!("tcp://{}", plan.address),
         connections: plan.connections,

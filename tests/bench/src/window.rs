@@ -5,6 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 
 use crate::report::{Histogram, Report};
 use crate::{Result, process};
@@ -94,6 +95,17 @@ impl Window {
             ended = load => ended?,
         }
         self.report()
+    }
+
+    /// [`measure`](Self::measure)s a load that is these tasks.
+    pub async fn measure_tasks(&self, warmup: Duration, mut tasks: JoinSet<Result<()>>) -> Result<Report> {
+        let load = async {
+            while let Some(ended) = tasks.join_next().await {
+                ended??;
+            }
+            Ok(())
+        };
+        self.measure(warmup, load).await
     }
 
     async fn drive(&self, warmup: Duration) -> Result<()> {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A codec and a framing from elsewhere, with nothing but what their traits demand: the defaults do the rest.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -351,65 +353,93 @@ async fn a_foreign_binary_codec_does_not_start_in_a_framing_of_text() {
     assert!(told.contains("marked") && told.contains("nest"), "{told}");
 }
 
-/// Two bytes of length, and the bytes.
-#[derive(Debug, Clone, Copy)]
-struct Short;
+/// A line of text, which it counts the looks at.
+#[derive(Debug, Clone, Default)]
+struct Lines {
+    looks: Arc<AtomicUsize>,
+}
 
-impl Framing for Short {
+/// The longest line that it writes.
+const LONGEST: usize = 65_535;
+
+impl Framing for Lines {
     fn name(&self) -> &'static str {
-        "short"
+        "lines"
     }
 
     fn binary_safe(&self) -> bool {
-        true
+        false
     }
 
     fn decode(
         &self,
         buf: &mut BytesMut,
-        _: &mut FrameState,
+        state: &mut FrameState,
         _: &FrameLimits,
     ) -> Result<Option<Bytes>, FrameError> {
-        let Some(head) = buf.first_chunk::<2>() else { return Ok(None) };
-        let length = usize::from(u16::from_be_bytes(*head));
-        if buf.len() < length + 2 {
+        let unseen = &buf[state.scanned()..];
+        let end = unseen.iter().position(|byte| *byte == b'\n');
+        self.looks.fetch_add(end.map_or(unseen.len(), |end| end + 1), Ordering::SeqCst);
+        let Some(end) = end else {
+            state.set_scanned(buf.len());
             return Ok(None);
-        }
-        buf.advance(2);
-        Ok(Some(buf.split_to(length).freeze()))
+        };
+        let line = buf.split_to(state.scanned() + end).freeze();
+        buf.advance(1);
+        state.set_scanned(0);
+        Ok(Some(line))
     }
 
-    fn begin(&self, out: &mut BytesMut, hint: usize) -> FrameMark {
-        let start = out.len();
-        out.reserve(2 + hint);
-        out.put_u16(0);
-        FrameMark::new(start, start + 2)
+    fn begin(&self, out: &mut BytesMut, _: usize) -> FrameMark {
+        FrameMark::new(out.len(), out.len())
     }
 
     fn finish(&self, out: &mut BytesMut, mark: FrameMark) -> Result<(), FrameError> {
         let length = out.len() - mark.body();
-        let Ok(prefix) = u16::try_from(length) else {
+        if length > LONGEST {
             out.truncate(mark.start());
-            return Err(FrameError::TooLong { length, limit: usize::from(u16::MAX) });
-        };
-        out[mark.start()..mark.body()].copy_from_slice(&prefix.to_be_bytes());
+            return Err(FrameError::TooLong { length, limit: LONGEST });
+        }
+        out.put_u8(b'\n');
         Ok(())
     }
 }
 
 #[actix::test]
+async fn what_a_foreign_framing_has_looked_at_is_not_looked_at_again() {
+    let lines = Lines::default();
+    let looks = Arc::clone(&lines.looks);
+    let service = Service::start(JsonCodec, lines).await;
+    let mut socket = service.connect().await;
+    socket.set_nodelay(true).unwrap();
+    let line = "{\"pattern\":\"echo\",\"data\":\"a\",\"id\":\"1\"}\n";
+    for _ in 0..2 {
+        for byte in line.bytes() {
+            socket.write_all(&[byte]).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let mut reply = vec![0; r#"{"response":"a","isDisposed":true,"id":"1"}"#.len() + 1];
+        within(socket.read_exact(&mut reply)).await.expect("a reply").unwrap();
+        assert_eq!(reply.last(), Some(&b'\n'));
+    }
+    assert_eq!(looks.load(Ordering::SeqCst), 2 * line.len());
+    drop(socket);
+    service.running.stop(Duration::from_secs(5)).await;
+}
+
+#[actix::test]
 async fn what_a_foreign_framing_cannot_carry_is_refused_alone() {
-    let service = Service::start(JsonCodec, Short).await;
+    let service = Service::start(JsonCodec, Lines::default()).await;
     let options = TcpClientOptions::new().address("127.0.0.1", service.port());
-    let client = TcpClient::new(options.codec(JsonCodec).framing(Short));
+    let client = TcpClient::new(options.codec(JsonCodec).framing(Lines::default()));
     let echo = |text: String| client.send::<String>("echo", text);
     let (before, large, after) =
-        futures::join!(echo("a".to_owned()), echo("x".repeat(65_536)), echo("b".to_owned()));
+        futures::join!(echo("a".to_owned()), echo("x".repeat(LONGEST + 1)), echo("b".to_owned()));
     assert_eq!((before.unwrap(), after.unwrap()), ("a".to_owned(), "b".to_owned()));
     assert!(matches!(large, Err(CallError::Encode { .. })), "{large:?}");
-    // The bound itself, with what is around it.
+    // Nearly as much as it carries, in both directions.
     let around = r#"{"response":"","isDisposed":true,"id":"0123456789abcdef01234"}"#.len();
-    let most = "x".repeat(65_000 - around);
+    let most = "x".repeat(LONGEST - 600 - around);
     assert_eq!(echo(most.clone()).await.unwrap(), most);
     client.close().await;
     service.running.stop(Duration::from_secs(5)).await;

@@ -48,13 +48,7 @@ async fn run(options: Options) -> Result<()> {
         stream.set_nodelay(true)?;
         tasks.spawn_local(call(stream, depth, window.clone()));
     }
-    let load = async {
-        while let Some(ended) = tasks.join_next().await {
-            ended??;
-        }
-        Ok(())
-    };
-    let report = window.measure(measure.warmup(), load).await?;
+    let report = window.measure_tasks(measure.warmup(), tasks).await?;
     measure.print(&Report { target: format!("tcp://{addr}"), connections, depth, ..report })
 }
 

@@ -45,13 +45,7 @@ fn main() -> Result<()> {
         for number in 0..depth {
             tasks.spawn_local(call(client.clone(), number, Rc::clone(&window)));
         }
-        let load = async {
-            while let Some(ended) = tasks.join_next().await {
-                ended??;
-            }
-            Ok(())
-        };
-        let report = window.measure(measure.warmup(), load).await?;
+        let report = window.measure_tasks(measure.warmup(), tasks).await?;
         client.close().await;
         measure.print(&Report { target: nats, connections: 1, depth, ..report })
     })

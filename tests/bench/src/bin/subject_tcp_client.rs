@@ -49,13 +49,7 @@ async fn run(options: Options) -> Result<()> {
             tasks.spawn_local(call(client.clone(), pattern.clone(), Rc::clone(&next), window.clone()));
         }
     }
-    let load = async {
-        while let Some(ended) = tasks.join_next().await {
-            ended??;
-        }
-        Ok(())
-    };
-    let report = window.measure(measure.warmup(), load).await?;
+    let report = window.measure_tasks(measure.warmup(), tasks).await?;
     measure.print(&Report { target: format!("tcp://{addr}"), connections, depth, ..report })
 }
 
