@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Args;
 use futures::{FutureExt, Stream, StreamExt};
 use martlet::reply::Record;
-use martlet::{CallError, ClientProxy, ConnectionStatus, Metadata, Pattern, Payload, Transport};
+use martlet::{CallError, ClientProxy, ConnectionStatus, EmitOptions, Metadata, Pattern, Payload, Transport};
 use serde_json::value::RawValue;
 
 use super::output::Output;
@@ -75,7 +75,7 @@ pub(super) struct SendArgs {
 pub(super) struct EmitArgs {
     #[command(flatten)]
     message: Message,
-    /// How long connecting, writing and the broker's confirmation may take: 500ms, 5s, 2m.
+    /// How long connecting, writing and the broker's confirmation may take: 500ms, 5s, 2m. 0 waits for ever.
     #[arg(long, default_value = "10s", value_name = "TIME", value_parser = input::duration)]
     timeout: Duration,
 }
@@ -137,11 +137,9 @@ pub(super) async fn send(args: SendArgs, out: &mut Output) -> Result<(), Failure
 pub(super) async fn emit(args: EmitArgs) -> Result<(), Failure> {
     let Prepared { transport, client, pattern, record, metadata } = args.message.prepare()?;
     let mut statuses = client.status_stream();
-    let emitted = client.emit_with(pattern, record, metadata);
-    let limit = if args.timeout.is_zero() { Duration::MAX } else { args.timeout };
-    let timed_out = CallError::Timeout { after: args.timeout };
-    let done = tokio::time::timeout(limit, emitted).await.unwrap_or(Err(timed_out));
-    let done = done.map_err(|error| match error {
+    let options = EmitOptions::new().metadata(metadata);
+    let options = if args.timeout.is_zero() { options.no_timeout() } else { options.timeout(args.timeout) };
+    let done = client.emit_with(pattern, record, options).await.map_err(|error| match error {
         // A session takes what waits for it in its first turn. Where nobody confirms, the event has ended then; so, once
         // there was a connection, it is the confirmation that is missing.
         CallError::Timeout { after } if was_connected(&mut statuses) => {

@@ -12,6 +12,7 @@ use martlet::tcp::{
     TcpClient, TcpClientOptions, TcpServer, TcpServerOptions, TlsClientOptions, TlsServerOptions,
 };
 use martlet::{CallError, Data, Microservice, RpcError, message};
+use martlet_testkit::process::resident;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -296,23 +297,17 @@ async fn oversized_frame(pair: &Pair) {
 
 async fn client_that_does_not_read(pair: &Pair) {
     let port = pair.ours().port();
-    let before = resident_kib();
+    let before = resident();
     let mut socket = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
     let request = r#"{"pattern":"big","data":{"n":1000000},"id":"a"}"#;
     let frames = format!("{}#{request}", request.len()).repeat(2000);
     // 2 GB are asked for. Writing ends when the service stops reading.
     let written = tokio::time::timeout(Duration::from_secs(1), socket.write_all(frames.as_bytes())).await;
     pair.nest.send(json!("echo"), json!(1)).await.completes(json!([1]));
-    let grown = resident_kib().saturating_sub(before);
-    assert!(grown < 100_000, "{grown} KiB more, written: {written:?}");
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 100 << 20, "{grown} bytes more, written: {written:?}");
     drop(socket);
     pair.ours().take_events();
-}
-
-pub(crate) fn resident_kib() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 // === our client calls a NestJS service ===
@@ -343,7 +338,7 @@ async fn nest_killed(pair: &Pair) {
     for _ in 0..10 {
         let client = client.clone();
         calls.push(actix_rt::spawn(async move {
-            client.send::<Value>("slow", json!({ "ms": 60_000 })).timeout(Duration::from_millis(800)).await
+            client.send::<Value>("slow", json!({ "ms": 60_000 })).timeout(Duration::from_secs(2)).await
         }));
     }
     eventually("the calls to run", || async { nest.stats().await["slowRunning"] == 10 }).await;
@@ -358,7 +353,7 @@ async fn nest_killed(pair: &Pair) {
         }
     }
     if pair.transport == Transport::Tcp {
-        assert!(killed.elapsed() < Duration::from_millis(300), "{:?}", killed.elapsed());
+        assert!(killed.elapsed() < Duration::from_secs(1), "{:?}", killed.elapsed());
     }
     let error = client.send::<Value>("echo", 1).timeout(Duration::from_millis(250)).await.unwrap_err();
     match pair.transport {

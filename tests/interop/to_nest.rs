@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use futures::StreamExt;
-use martlet::{CallError, Pattern, Payload};
+use martlet::{CallError, Metadata, Pattern, Payload};
 use serde_json::{Value, json};
 
 use crate::pair::Pair;
@@ -160,7 +160,7 @@ async fn metadata(pair: &Pair) {
         assert_eq!(seen, Value::Null);
     }
     let before = notifications(pair).await;
-    let metadata = [("tenant", "t")].into_iter().collect();
+    let metadata = Metadata::from_iter([("tenant", "t")]);
     pair.client().emit_with("notification", 1, metadata).await.unwrap();
     eventually("the event", || async { notifications(pair).await == before + 1 }).await;
 }

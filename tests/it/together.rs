@@ -92,8 +92,8 @@ async fn a_broker_that_fails_disturbs_no_other_transporter() {
     stop.send(true).unwrap();
     for other in others {
         let (calls, slowest) = other.await.unwrap();
-        assert!(calls > 100, "{calls}");
-        assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+        assert!(calls > 20, "{calls}");
+        assert!(slowest < Duration::from_secs(3), "{slowest:?}");
     }
     for client in [tcp, mqtt, over_redis] {
         assert_eq!((client.pending(), client.occupied()), (0, 0));

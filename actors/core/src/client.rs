@@ -224,10 +224,32 @@ impl ClientProxy {
         self.start_event(self.prepare(pattern.into(), data))
     }
 
-    /// As [`emit`](Self::emit), with metadata and headers of one's own.
-    pub fn emit_with(&self, pattern: impl Into<Pattern>, data: impl IntoRecord, metadata: Metadata) -> Emit {
+    /// As [`emit`](Self::emit), with metadata (which alone will do) or a timeout of its own. Headers are the record's.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: martlet_core::ClientProxy) -> Result<(), martlet_core::CallError> {
+    /// use std::time::Duration;
+    ///
+    /// use martlet_core::EmitOptions;
+    ///
+    /// let options = EmitOptions::new().timeout(Duration::from_secs(120));
+    /// client.emit_with("user.created", 42, options).await?;
+    /// # Ok(()) }
+    /// ```
+    pub fn emit_with(
+        &self,
+        pattern: impl Into<Pattern>,
+        data: impl IntoRecord,
+        options: impl Into<EmitOptions>,
+    ) -> Emit {
+        let options = options.into();
         let mut prepared = self.prepare(pattern.into(), data);
-        prepared.extras().metadata = metadata;
+        prepared.extras().metadata = options.metadata;
+        if let Some(timeout) = options.timeout {
+            prepared.set_timeout(timeout);
+        }
         self.start_event(prepared)
     }
 
@@ -725,6 +747,46 @@ impl<T: DeserializeOwned> ReplyStream<T> {
             replies.push(reply?);
         }
         Ok(replies)
+    }
+}
+
+/// What an event may have of its own: [`ClientProxy::emit_with`].
+#[derive(Debug, Clone, Default)]
+pub struct EmitOptions {
+    metadata: Metadata,
+    /// Its own limit, or none; by default the client's.
+    timeout: Option<Option<Duration>>,
+}
+
+impl EmitOptions {
+    /// No metadata; the client's timeout.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The packet's metadata.
+    pub fn metadata(mut self, metadata: Metadata) -> Self {
+        self.metadata = metadata;
+        self
+    }
+
+    /// How long connecting, sending and the broker's confirmation may take together, instead of the client's default; at the
+    /// limit it ends as [`CallError::Timeout`]: what has been sent until then may arrive, what has not never does.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(Some(timeout));
+        self
+    }
+
+    /// Waits for ever.
+    pub fn no_timeout(mut self) -> Self {
+        self.timeout = Some(None);
+        self
+    }
+}
+
+impl From<Metadata> for EmitOptions {
+    fn from(metadata: Metadata) -> Self {
+        Self::new().metadata(metadata)
     }
 }
 

@@ -46,7 +46,9 @@ pub mod tower;
 pub mod trace;
 pub mod transport;
 
-pub use client::{Call, ClientActor, ClientOptions, ClientProxy, EmitMessage, ReplyStream, SendMessage};
+pub use client::{
+    Call, ClientActor, ClientOptions, ClientProxy, EmitMessage, EmitOptions, ReplyStream, SendMessage,
+};
 pub use error::{CallError, RemoteError, RpcError, SessionError, SessionErrorKind, StartError, Unexpected};
 pub use events::{EventBus, ServiceEvent};
 pub use function::{event, message};

@@ -2,7 +2,7 @@
 //! The serving side: listens, accepts, makes sessions.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::Poll;
 
 use martlet_core::transport::{Accept, ContextData, Listen, Open, Role};
@@ -69,7 +69,7 @@ impl Listen for TcpServer {
                 SessionError::fatal(format!("host {:?} cannot be resolved: {error}", options.host))
             })?
             .collect();
-        let mut listeners: Vec<TcpListener> = Vec::new();
+        let mut listeners: Vec<Arc<TcpListener>> = Vec::new();
         let mut failed = None;
         for mut address in addresses {
             if let Some(first) = listeners.first() {
@@ -77,7 +77,7 @@ impl Listen for TcpServer {
                 address.set_port(first.local_addr()?.port());
             }
             match listen_on(address, options.backlog) {
-                Ok(listener) => listeners.push(listener),
+                Ok(listener) => listeners.push(Arc::new(listener)),
                 Err(error) => failed = failed.or(Some((address, error))),
             }
         }
@@ -99,7 +99,7 @@ impl Listen for TcpServer {
             max_send_buffer_size: options.max_send_buffer_size,
             extensions: true,
         };
-        let first = listeners.first().map(TcpListener::local_addr).transpose()?;
+        let first = listeners.first().map(|listener| listener.local_addr()).transpose()?;
         let host = match options.host.parse::<std::net::IpAddr>() {
             Ok(std::net::IpAddr::V6(address)) => format!("[{address}]"),
             _ => options.host.clone(),
@@ -126,19 +126,28 @@ fn listen_on(address: SocketAddr, backlog: u32) -> std::io::Result<TcpListener> 
 /// A listening socket, or one for each address of a name.
 #[derive(Debug)]
 pub struct BoundTcp {
-    listeners: Vec<TcpListener>,
+    listeners: Vec<Arc<TcpListener>>,
     tls: Option<Arc<rustls::ServerConfig>>,
     limits: TcpLimits,
     options: Arc<TcpServerOptions>,
     url: String,
 }
 
-/// The addresses a server listens on: what `unwrap::<TcpListening>()` gives.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What a server listens on: what `unwrap::<TcpListening>()` gives.
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct TcpListening {
     /// Every address, with the real port.
     pub addresses: Vec<SocketAddr>,
+    listeners: Vec<Weak<TcpListener>>,
+}
+
+impl TcpListening {
+    /// The sockets themselves, in the order of the addresses; none once the server has stopped listening. Whoever keeps one
+    /// keeps its port open, without anybody who accepts.
+    pub fn listeners(&self) -> Vec<Arc<TcpListener>> {
+        self.listeners.iter().filter_map(Weak::upgrade).collect()
+    }
 }
 
 impl Accept for BoundTcp {
@@ -150,7 +159,10 @@ impl Accept for BoundTcp {
 
     fn native(&self) -> Option<ContextData> {
         let addresses = self.listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect();
-        Some(Arc::new(TcpListening { addresses }))
+        Some(Arc::new(TcpListening {
+            addresses,
+            listeners: self.listeners.iter().map(Arc::downgrade).collect(),
+        }))
     }
 
     async fn accept(&mut self) -> Result<TcpPeer, SessionError> {
@@ -178,7 +190,7 @@ impl Accept for BoundTcp {
     }
 }
 
-async fn accepted_once(listeners: &[TcpListener]) -> std::io::Result<TcpStream> {
+async fn accepted_once(listeners: &[Arc<TcpListener>]) -> std::io::Result<TcpStream> {
     std::future::poll_fn(|cx| {
         for listener in listeners {
             if let Poll::Ready(accepted) = listener.poll_accept(cx) {

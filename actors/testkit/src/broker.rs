@@ -19,7 +19,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long a broker may take to accept connections.
-const READY_WITHIN: Duration = Duration::from_secs(15);
+const READY_WITHIN: Duration = Duration::from_secs(30);
 
 /// Why a broker could not be controlled.
 #[derive(Debug)]
@@ -387,19 +387,22 @@ impl Broker {
     }
 
     /// Runs a tool of the broker's (`rabbitmqctl`) in the environment that the broker was started in, and waits for it.
-    /// Linux alone.
+    /// Linux alone. Such a tool may take seconds; connections of this thread see their heartbeats meanwhile.
     ///
     /// # Errors
     ///
     /// When it cannot be run, or fails; the reason has what it said.
-    pub fn run_tool(&self, program: &str, arguments: &[&str]) -> Result<(), BrokerError> {
+    pub async fn run_tool(&self, program: &str, arguments: &[&str]) -> Result<(), BrokerError> {
         let id = self.process.as_ref().map(Child::id).ok_or_else(|| self.not_ready("it is stopped"))?;
         let environment = std::fs::read(format!("/proc/{id}/environ"))?;
         let variables = environment.split(|byte| *byte == 0).filter_map(|line| {
             let line = std::str::from_utf8(line).ok()?;
             line.split_once('=')
         });
-        let output = Command::new(program).args(arguments).env_clear().envs(variables).output()?;
+        let mut tool = Command::new(program);
+        tool.args(arguments).env_clear().envs(variables);
+        let running = tokio::task::spawn_blocking(move || tool.output());
+        let output = running.await.map_err(std::io::Error::other)??;
         match output.status.success() {
             true => Ok(()),
             false => {

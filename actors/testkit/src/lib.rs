@@ -10,6 +10,7 @@
 //! | [`probe`] | an actor that records what it receives |
 //! | [`relay`] | a TCP relay that is cut and closed as told |
 //! | [`storm`] | many calls of every kind, and what must hold of their outcomes |
+//! | [`process`] | what memory a test's process takes, and one of its own for the test |
 //! | [`world`] | a service with a few handlers, what it reports |
 //! | [`vectors`] | packets that were captured from real NestJS |
 //! | [`broker`] | a real broker process on a free port: restarted, frozen, killed when dropped |
@@ -24,6 +25,7 @@ pub mod features;
 pub mod memory;
 pub mod nest;
 pub mod probe;
+pub mod process;
 pub mod relay;
 pub mod storm;
 pub mod vectors;

@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use futures::future::join_all;
@@ -22,7 +22,7 @@ use martlet_core::{
 };
 use parking_lot::Mutex;
 
-use crate::world::GRACE;
+use crate::world::{GRACE, until};
 
 /// The outcomes of a storm by kind: `value`, `sent` (an event), or that of the error.
 pub type Outcomes = BTreeMap<&'static str, u64>;
@@ -38,6 +38,7 @@ struct Inner {
     events: bool,
     next: AtomicU64,
     ended: AtomicU64,
+    values: AtomicU64,
     /// For each call, how often its handler ran.
     ran: Vec<AtomicU8>,
     /// For each call, what its outcome says of that.
@@ -47,7 +48,48 @@ struct Inner {
 
 impl std::fmt::Debug for Storm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Storm").field("calls", &self.inner.calls).field("ended", &self.ended()).finish()
+        self.inner.fmt(f)
+    }
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Storm")
+            .field("calls", &self.calls)
+            .field("ended", &self.ended)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How long a caller waits after a call that failed, and after many of them.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LAST_PAUSE: Duration = Duration::from_millis(320);
+
+const VALUES_BETWEEN_DISTURBANCES: u64 = 300;
+
+/// Between two disturbances of a storm: [`Storm::calm`].
+#[derive(Debug)]
+pub struct Calm {
+    inner: Arc<Inner>,
+    values: u64,
+    from: Instant,
+    to: Instant,
+}
+
+impl Calm {
+    /// Whether it is time for the next one.
+    pub fn is_over(&self) -> bool {
+        let now = Instant::now();
+        let over = self.inner.ended.load(Ordering::Relaxed) == self.inner.calls;
+        now >= self.from
+            && (over || now >= self.to || self.inner.values.load(Ordering::Relaxed) >= self.values)
+    }
+
+    /// Holds up its thread until it is over.
+    pub fn wait(self) {
+        while !self.is_over() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -93,6 +135,7 @@ impl Storm {
                 events,
                 next: AtomicU64::new(0),
                 ended: AtomicU64::new(0),
+                values: AtomicU64::new(0),
                 ran: marks(),
                 said: marks(),
                 outcomes: Mutex::default(),
@@ -156,6 +199,19 @@ impl Storm {
         self.ended() == self.inner.calls
     }
 
+    /// The time until the next disturbance: it lasts so long at least, and until a few hundred calls have got their value
+    /// meanwhile (but no longer than 2 s). So a storm has about as many disturbances on a slow machine as on a fast one.
+    pub fn calm(&self, at_least: Duration) -> Calm {
+        let values = self.inner.values.load(Ordering::Relaxed) + VALUES_BETWEEN_DISTURBANCES;
+        let now = Instant::now();
+        Calm {
+            inner: Arc::clone(&self.inner),
+            values,
+            from: now + at_least,
+            to: now + Duration::from_secs(2),
+        }
+    }
+
     /// Waits until this many calls have ended, or all.
     pub async fn reaches(&self, ended: u64) {
         while self.ended() < ended.min(self.inner.calls) {
@@ -178,6 +234,7 @@ impl Storm {
     }
 
     async fn work(&self, client: &ClientProxy) {
+        let mut pause = FIRST_PAUSE;
         loop {
             let number = self.inner.next.fetch_add(1, Ordering::Relaxed);
             if number >= self.inner.calls {
@@ -197,9 +254,15 @@ impl Storm {
             assert_eq!(before, 0, "call {number} has ended before");
             *self.inner.outcomes.lock().entry(kind).or_insert(0) += 1;
             self.inner.ended.fetch_add(1, Ordering::Relaxed);
-            if result.is_err() {
+            if said == RAN {
+                self.inner.values.fetch_add(1, Ordering::Relaxed);
+            }
+            if result.is_ok() {
+                pause = FIRST_PAUSE;
+            } else {
                 // Calls that fail at once do not use up the storm while nothing is there.
-                tokio::time::sleep(Duration::from_millis(20)).await;
+                tokio::time::sleep(pause).await;
+                pause = LAST_PAUSE.min(pause * 2);
             }
         }
     }
@@ -323,6 +386,7 @@ pub async fn stop_under_load(
         }));
         let stopping = async {
             tokio::time::sleep(Duration::from_millis(100 + 13 * round)).await;
+            until("it is under load", || handled.load(Ordering::Relaxed) > 200).await;
             service.stop(GRACE).await
         };
         let (served, report) = futures::join!(callers, stopping);

@@ -33,49 +33,6 @@ impl Reports {
     }
 }
 
-/// Watches how much memory the process takes, until it is dropped.
-#[derive(Debug)]
-pub struct Memory {
-    before: u64,
-    most: Arc<AtomicU64>,
-}
-
-impl Memory {
-    /// Begins to watch, every 10 ms from a thread of its own.
-    ///
-    /// # Panics
-    ///
-    /// Where there is no `/proc`.
-    pub fn watch() -> Self {
-        let before = resident();
-        let most = Arc::new(AtomicU64::new(before));
-        let noted = Arc::downgrade(&most);
-        std::thread::spawn(move || {
-            while let Some(most) = noted.upgrade() {
-                most.fetch_max(resident(), Ordering::Relaxed);
-                drop(most);
-                std::thread::sleep(Duration::from_millis(10));
-            }
-        });
-        Self { before, most }
-    }
-
-    /// The most bytes so far beyond what there was at first.
-    pub fn grown(&self) -> u64 {
-        self.most.load(Ordering::Relaxed) - self.before
-    }
-}
-
-/// What the process has in memory, in bytes: all tests that run in it.
-///
-/// # Panics
-///
-/// Where there is no `/proc`.
-pub fn resident() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
-}
-
 /// Serves groups on the test's own thread.
 ///
 /// # Panics
@@ -168,11 +125,11 @@ pub fn counting(pattern: &str, count: &Arc<AtomicU64>) -> HandlerGroup {
 ///
 /// # Panics
 ///
-/// After ten seconds.
+/// After thirty seconds.
 pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !holds() {
-        assert!(begin.elapsed() < Duration::from_secs(10), "waited in vain until {what}");
+        assert!(begin.elapsed() < Duration::from_secs(30), "waited in vain until {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

@@ -7,7 +7,7 @@ use martlet_core::ClientProxy;
 use martlet_mqtt::{MqttClient, MqttClientOptions, MqttServerOptions};
 use martlet_testkit::broker::{Broker, BrokerCommand};
 pub(crate) use martlet_testkit::world::{
-    GRACE, Memory, Reports, counting, failing, serve, serve_apart, slow, streaming, sum, sum_on, until,
+    GRACE, Reports, counting, failing, serve, serve_apart, slow, streaming, sum, sum_on, until,
 };
 
 /// A broker with further lines of configuration; a missing mosquitto is a failure.

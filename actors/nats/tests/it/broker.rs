@@ -75,7 +75,7 @@ impl Broker {
         let begin = Instant::now();
         while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
             assert!(child.try_wait().unwrap().is_none(), "nats-server ended: {:?}", self.arguments);
-            assert!(begin.elapsed() < Duration::from_secs(10), "nats-server does not listen");
+            assert!(begin.elapsed() < Duration::from_secs(30), "nats-server does not listen");
             std::thread::sleep(Duration::from_millis(10));
         }
         self.child = Some(child);

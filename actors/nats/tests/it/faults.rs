@@ -230,6 +230,7 @@ async fn a_drain_loses_nothing_under_load() {
             })
             .collect();
         tokio::time::sleep(Duration::from_millis(50 + 7 * round)).await;
+        until("it is under load", || done.load(Ordering::Relaxed) > 200).await;
         let report = service.stop(GRACE).await;
         assert!(report.clean, "{report:?}");
         stop.store(true, Ordering::Relaxed);

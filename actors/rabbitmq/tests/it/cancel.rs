@@ -189,11 +189,11 @@ async fn a_request_that_has_not_left_is_not_sent() {
 
 /// With permissions to configure and to write, service and client work, and each says once what it lacks.
 async fn restricted(broker: &Broker, user: &str, configure: &str, write: &str, deaf: bool) {
-    let control = |arguments: &[&str]| {
-        broker.run_tool("/usr/lib/rabbitmq/bin/rabbitmqctl", arguments).unwrap();
+    let control = async |arguments: &[&str]| {
+        broker.run_tool("/usr/lib/rabbitmq/bin/rabbitmqctl", arguments).await.unwrap();
     };
-    control(&["add_user", user, "pw"]);
-    control(&["set_permissions", user, configure, write, ".*"]);
+    control(&["add_user", user, "pw"]).await;
+    control(&["set_permissions", user, configure, write, ".*"]).await;
     let url = [format!("amqp://{user}:pw@127.0.0.1:{}", broker.port())];
     let queue = unique(user);
     let (group, running) = endless();
@@ -214,7 +214,7 @@ async fn restricted(broker: &Broker, user: &str, configure: &str, write: &str, d
     assert_eq!(said(&heard.all(), "are not heard of"), usize::from(deaf), "{:?}", heard.all());
     assert_eq!(running(), 3);
     // Not again in another session.
-    control(&["close_all_connections", "a test"]);
+    control(&["close_all_connections", "a test"]).await;
     while caller.send::<i64>("sum", [1, 2]).await.is_err() {}
     give_up(&caller, &running).await;
     answers(&caller).await;

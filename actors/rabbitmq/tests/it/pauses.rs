@@ -16,8 +16,8 @@ use crate::world::{GRACE, client_options, dropped, serve_apart, server_options, 
 const MESSAGES: u64 = 1000;
 const BYTES: usize = 32 * 1024;
 
-fn control(broker: &Broker, arguments: &[&str]) {
-    broker.run_tool("/usr/lib/rabbitmq/bin/rabbitmqctl", arguments).unwrap();
+async fn control(broker: &Broker, arguments: &[&str]) {
+    broker.run_tool("/usr/lib/rabbitmq/bin/rabbitmqctl", arguments).await.unwrap();
 }
 
 fn small(options: RmqServerOptions) -> RmqServerOptions {
@@ -64,7 +64,7 @@ async fn outlasts(broker: &Broker, options: RmqQueueOptions, pause: Duration) {
 async fn a_pause_may_outlast_the_brokers_consumer_timeout() {
     // RMQ-19. The broker looks once a minute, unless it is told otherwise.
     let broker = Broker::start(BrokerCommand::rabbitmq_with("consumer_timeout = 15000", "")).unwrap();
-    control(&broker, &["eval", "application:set_env(rabbit, channel_tick_interval, 500)."]);
+    control(&broker, &["eval", "application:set_env(rabbit, channel_tick_interval, 500)."]).await;
     let counts = RmqQueueOptions::new().argument("x-queue-type", "quorum").argument("x-delivery-limit", 1);
     // The other queues refuse what comes back for a second time: whether in the pause or when it ends.
     let [ends, again] = [14, 24].map(|pause| outlasts(&broker, counts.clone(), Duration::from_secs(pause)));
@@ -157,14 +157,14 @@ async fn blocks(
     .await
     .unwrap();
     publish(&client, messages, bytes).await;
-    control(&broker, &["set_disk_free_limit", "1000000GB"]);
+    control(&broker, &["set_disk_free_limit", "1000000GB"]).await;
     let (group, handled, open) = gated();
     let server = options(small(server_options(&broker, &queue)));
     let (service, reports) = serve_apart(RmqServer::new(server), [group, sum()]).await;
     lives(&service, &reports, how_long).await;
     assert_eq!(dropped(&reports), 0, "{:?}", reports.all());
     assert!(raw.waiting(&queue).await > 0);
-    control(&broker, &["set_disk_free_limit", "1MB"]);
+    control(&broker, &["set_disk_free_limit", "1MB"]).await;
     assert_eq!(call.await.unwrap().unwrap(), 3);
     open.store(true, Ordering::Relaxed);
     handles_all(&handled, &reports, messages).await;

@@ -65,7 +65,7 @@ async fn a_close_fails_everything_pending_at_once() {
         Instant::now()
     };
     let (outcomes, closed) = within(async { futures::join!(calls, closing) }).await.unwrap();
-    assert!(closed.elapsed() < Duration::from_millis(200), "{:?}", closed.elapsed());
+    assert!(closed.elapsed() < Duration::from_secs(2), "{:?}", closed.elapsed());
     assert!(outcomes.iter().all(|it| matches!(it, Err(CallError::Lost { .. }))), "{outcomes:?}");
     assert_eq!((client.pending(), client.occupied()), (0, 0));
     assert_eq!(client.status(), Some(ConnectionStatus::Disconnected));

@@ -8,6 +8,7 @@ use futures::StreamExt;
 use martlet_core::{CallError, SessionErrorKind, StartError};
 use martlet_tcp::{TcpClient, TcpClientOptions, TcpListening, TcpServerOptions};
 use tokio::io::AsyncWriteExt;
+use tokio::net::TcpListener;
 
 use crate::support::{Service, frame, sum, within};
 
@@ -19,7 +20,17 @@ async fn port_zero_takes_a_free_port_and_says_so() {
     let server = &service.running.servers()[0];
     let listening = server.unwrap::<TcpListening>().unwrap();
     assert_eq!(listening.addresses, [format!("127.0.0.1:{}", service.port()).parse().unwrap()]);
+    let sockets = listening.listeners();
+    assert_eq!(
+        sockets.iter().map(|socket| socket.local_addr().unwrap()).collect::<Vec<_>>(),
+        listening.addresses
+    );
+    drop(sockets);
+    let port = service.port();
     service.stop().await;
+    assert!(listening.listeners().is_empty());
+    // Nobody keeps the port.
+    TcpListener::bind(("127.0.0.1", port)).await.unwrap();
 }
 
 #[actix::test]
@@ -57,13 +68,15 @@ async fn small_packets_go_out_at_once() {
     let service = Service::with(|_| {}).await;
     let client = TcpClient::connect_to("127.0.0.1", service.port());
     client.connect().await.unwrap();
-    let started = Instant::now();
+    let mut quickest = Duration::MAX;
     for _ in 0..50 {
+        let started = Instant::now();
         let items: Vec<_> = client.send::<u64>("infinite", 1).stream().take(2).collect().await;
         assert!(items.into_iter().map(Result::unwrap).eq(0..2));
+        quickest = quickest.min(started.elapsed());
     }
     // Two items are 10 ms apart by themselves; with Nagle each round takes 40 ms more.
-    assert!(started.elapsed() < Duration::from_millis(50 * 40), "{:?}", started.elapsed());
+    assert!(quickest < Duration::from_millis(40), "{quickest:?}");
     client.close().await;
     service.stop().await;
 }

@@ -184,10 +184,3 @@ impl Raw {
         assert!(read.is_err(), "{read:?}");
     }
 }
-
-/// Memory of this process that is in use, in KiB.
-pub(crate) fn resident_kib() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Cut lines: every call hears what became of it, nothing hangs, everything comes back.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::{StreamExt, stream};
 use martlet_core::backoff::BackoffOptions;
-use martlet_core::{CallError, Cancellation, ConnectionStatus, Data, Microservice, RpcError, event, message};
+use martlet_core::{
+    CallError, Cancellation, ConnectionStatus, Data, EmitOptions, Microservice, RpcError, event, message,
+};
 
 use super::calls::slow;
 use super::{Harness, Names, Stage, eventually, ok, small};
@@ -195,6 +198,38 @@ pub async fn retries_reach_a_server_that_comes_late<H: Harness>(harness: H) {
     stage.end().await;
 }
 
+/// An event that waits for a connection waits as long as it is told, not as long as the client's other calls.
+pub async fn an_event_has_a_timeout_of_its_own<H: Harness>(harness: H) {
+    let names = Names::new();
+    let mut stage = Stage::with(
+        harness,
+        small().handlers(slow(names.of("slow"))),
+        |server| server.retry_delay = quick(),
+        |client| {
+            client.timeout = Some(Duration::from_millis(300));
+            client.reconnect = true;
+            client.retry_attempts = 100_000;
+            client.retry_delay = quick();
+        },
+    )
+    .await;
+    stage.harness.set_reachable(false);
+    let emit = |options: EmitOptions| stage.client.emit_with(names.of("evt"), 1, options);
+    let limit = Duration::from_millis(20);
+    let (own, others, none) = futures::join!(
+        emit(EmitOptions::new().timeout(limit)),
+        emit(EmitOptions::new()),
+        tokio::time::timeout(Duration::from_millis(600), emit(EmitOptions::new().no_timeout())),
+    );
+    assert!(matches!(own, Err(CallError::Timeout { after }) if after == limit), "{own:?}");
+    let clients = Duration::from_millis(300);
+    assert!(matches!(others, Err(CallError::Timeout { after }) if after == clients), "{others:?}");
+    assert!(none.is_err(), "{none:?}");
+    stage.harness.set_reachable(true);
+    back(&stage, names).await;
+    stage.end().await;
+}
+
 /// Cuts at random moments under load: each call has one outcome, no slot stays, the service serves on.
 pub async fn a_storm_of_cuts_gives_every_call_one_outcome<H: Harness>(harness: H) {
     const CALLS: u64 = 3000;
@@ -224,43 +259,51 @@ pub async fn a_storm_of_cuts_gives_every_call_one_outcome<H: Harness>(harness: H
     )
     .await;
     let client = stage.client.clone();
-    let done = std::cell::Cell::new(false);
-    let calls = async {
-        let counts = stream::iter(0..CALLS)
-            .map(|number| {
-                let call = client.send::<u64>(names.of("echo"), number);
-                if number % 3 == 0 { call.idempotent() } else { call }
-            })
-            .buffer_unordered(50)
-            .fold((0u64, 0u64), |(answered, failed), result| async move {
-                // A moment now and then, so that the storm outlasts several cuts.
-                match result {
-                    Ok(_) => (answered + 1, failed),
-                    Err(
-                        CallError::Lost { .. }
-                        | CallError::NotSent { .. }
-                        | CallError::NoHandler { .. }
-                        | CallError::Timeout { .. },
-                    ) => (answered, failed + 1),
-                    Err(other) => panic!("unexpected outcome {other}"),
-                }
-            })
-            .await;
-        done.set(true);
-        counts
-    };
+    let (answered, failed) = (Cell::new(0), Cell::new(0));
+    let over = || answered.get() + failed.get() == CALLS;
+    let calls = stream::iter(0..CALLS)
+        .map(|number| {
+            let call = client.send::<u64>(names.of("echo"), number);
+            if number % 3 == 0 { call.idempotent() } else { call }
+        })
+        .map(async |call| match call.await {
+            Ok(_) => answered.set(answered.get() + 1),
+            Err(
+                CallError::Lost { .. }
+                | CallError::NotSent { .. }
+                | CallError::NoHandler { .. }
+                | CallError::Timeout { .. },
+            ) => {
+                failed.set(failed.get() + 1);
+                // Calls that fail at once do not use up the storm while nothing is there.
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Err(other) => panic!("unexpected outcome {other}"),
+        })
+        .buffer_unordered(50)
+        .collect::<Vec<()>>();
     let harness = &mut stage.harness;
-    let ((answered, failed), cuts) = futures::join!(calls, async {
+    let cutting = async {
         let mut cuts = 0;
-        while !done.get() {
-            tokio::time::sleep(Duration::from_millis(20 + cuts % 7)).await;
+        while !over() {
+            // Between two cuts some calls are answered, however slow the machine is.
+            let (before, begin) = (answered.get(), Instant::now());
+            let pause = Duration::from_millis(20 + cuts % 7);
+            while !over() && begin.elapsed() < Duration::from_secs(1) {
+                if begin.elapsed() >= pause && answered.get() >= before + 50 {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
             harness.cut();
             cuts += 1;
         }
         cuts
-    });
-    assert_eq!(answered + failed, CALLS);
-    assert!(cuts > 0 && answered > 0, "{cuts} cuts, {answered} answered");
+    };
+    let (ends, cuts) = futures::join!(calls, cutting);
+    let (answered, failed) = (answered.get(), failed.get());
+    assert_eq!((answered + failed, ends.len() as u64), (CALLS, CALLS));
+    assert!(cuts > 1 && answered > CALLS / 10, "{cuts} cuts, {answered} answered");
     assert_eq!(stage.client.occupied(), 0);
     back(&stage, names).await;
     eventually("nothing runs any more", || stage.client.pending() == 0).await;

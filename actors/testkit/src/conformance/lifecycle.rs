@@ -73,13 +73,15 @@ pub async fn a_closed_client_connects_anew<H: Harness>(harness: H) {
 /// A stopping service answers what it has taken, streams included, and counts it.
 pub async fn a_stop_answers_what_was_taken<H: Harness>(harness: H) {
     let names = Names::new();
-    let count = message(names.of("count"), |Data(to): Data<u64>| async move {
-        ok(martlet_core::Streaming(stream::iter(0..to).then(|item| async move {
+    let taken = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&taken);
+    let count = message(names.of("count"), move |Data(to): Data<u64>| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        std::future::ready(ok(martlet_core::Streaming(stream::iter(0..to).then(|item| async move {
             tokio::time::sleep(Duration::from_millis(1)).await;
             item
-        })))
+        }))))
     });
-    let taken = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&taken);
     let slow = message(names.of("slow"), move |Data(millis): Data<u64>| {
         counted.fetch_add(1, Ordering::Relaxed);
@@ -93,7 +95,7 @@ pub async fn a_stop_answers_what_was_taken<H: Harness>(harness: H) {
     let stream = stage.client.send::<u64>(names.of("count"), 60).stream().collect_all();
     let service = stage.service.clone();
     let (replies, items, report) = futures::join!(calls, stream, async {
-        eventually("all are taken", || taken.load(Ordering::Relaxed) == 200).await;
+        eventually("all are taken", || taken.load(Ordering::Relaxed) == 201).await;
         service.stop(Duration::from_secs(10)).await
     });
     for reply in replies {
