@@ -150,6 +150,15 @@ pub(crate) fn run(arguments: &[&str]) -> Run {
     command(arguments).output().unwrap().into()
 }
 
+/// A run on a terminal of its own, which shows stdout and stderr as one. `script` is part of every Debian and Ubuntu.
+fn run_on_terminal(arguments: &[&str], no_color: &str) -> Run {
+    let words = [env!("CARGO_BIN_EXE_martlet")].iter().chain(arguments);
+    let line = words.map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" ");
+    let mut terminal = Command::new("script");
+    terminal.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
+    terminal.env("SHELL", "/bin/sh").env("NO_COLOR", no_color).stdin(Stdio::null()).output().unwrap().into()
+}
+
 /// A run that goes on; killed when dropped.
 pub(crate) struct Running {
     child: Child,
@@ -348,6 +357,34 @@ fn who_reads_may_leave_early() {
     running.leave();
     let end = running.end();
     assert_eq!((end.code, end.err.as_str()), (0, ""));
+}
+
+#[test]
+fn colours_and_line_breaks_are_for_terminals() {
+    let service = Service::start();
+    let send = ["send", &service.url, "echo", r#"{"a":["x",1]}"#];
+    run(&send).printed("{\"a\":[\"x\",1]}\n");
+    let shown = run_on_terminal(&send, "");
+    assert_eq!(shown.code, 0, "{shown:?}");
+    let plain = "{\r\n  \"a\": [\r\n    \"x\",\r\n    1\r\n  ]\r\n}\r\n";
+    assert!(
+        shown.out.contains("\x1b[34m\"a\"\x1b[0m") && shown.out.contains("\x1b[32m\"x\"\x1b[0m"),
+        "{shown:?}"
+    );
+    let bare = ["\x1b[34m", "\x1b[32m", "\x1b[33m", "\x1b[0m"]
+        .iter()
+        .fold(shown.out, |out, code| out.replace(code, ""));
+    assert_eq!(bare, plain);
+    let uncoloured = run_on_terminal(&send, "1");
+    assert_eq!((uncoloured.code, uncoloured.out.as_str()), (0, plain));
+
+    let unknown = ["send", &service.url, "nobody"];
+    let shown = run_on_terminal(&unknown, "");
+    assert_eq!(shown.code, 3, "{shown:?}");
+    assert!(shown.out.starts_with("\x1b[1;31merror:\x1b[0m"), "{shown:?}");
+    let piped = run(&unknown);
+    piped.failed(3, &["error:"]);
+    assert!(!piped.err.contains('\x1b'), "{piped:?}");
 }
 
 // === emit ===
