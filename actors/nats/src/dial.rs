@@ -2,6 +2,7 @@
 //! How a session with a broker is made, for both roles.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_nats::{Client, Event, ServerAddr};
 use martlet_core::Pattern;
@@ -21,6 +22,8 @@ use crate::wire;
 #[derive(Debug, Clone)]
 pub struct NatsDial {
     settings: Arc<Settings>,
+    /// Whether the broker took the login the last time.
+    accepted: Arc<AtomicBool>,
 }
 
 impl NatsDial {
@@ -41,6 +44,7 @@ impl NatsDial {
                 service,
                 codec: Arc::clone(&options.codec),
             }),
+            accepted: Arc::default(),
         }
     }
 
@@ -56,6 +60,7 @@ impl NatsDial {
                 service: None,
                 codec: Arc::clone(&options.codec),
             }),
+            accepted: Arc::default(),
         }
     }
 
@@ -78,7 +83,8 @@ impl NatsDial {
         let client = options
             .connect(address)
             .await
-            .map_err(|error| explain(&shown, &self.settings.common, &login, &error))?;
+            .map_err(|error| explain(&shown, &self.settings.common, &login, &self.accepted, &error))?;
+        self.accepted.store(true, Ordering::Relaxed);
         // NATS-17: its reconnecting ends at once, see `link`.
         let nowhere: ServerAddr = "nats://127.0.0.1:0".parse().map_err(SessionError::from)?;
         client.set_server_pool(nowhere).await.map_err(|error| SessionError::lost(error.to_string()))?;

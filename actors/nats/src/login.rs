@@ -3,6 +3,7 @@
 //! refusal has to do with them.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_nats::rustls::pki_types::pem::PemObject;
@@ -212,17 +213,19 @@ fn tls_hint(tls: Option<&NatsTlsOptions>, error: &TlsError) -> Option<&'static s
 
 // === refusals ===
 
-/// What follows from a failure to connect, and why it failed, in words.
+/// What follows from a failure to connect, and why it failed, in words. `accepted` says whether the broker took the login the
+/// last time, and hears when it does not any more.
 pub(crate) fn explain(
     server: &str,
     common: &Common,
     login: &Login,
+    accepted: &AtomicBool,
     error: &async_nats::ConnectError,
 ) -> SessionError {
     let mut text = String::new();
     let mut tls = error.kind() == ConnectErrorKind::Tls;
     let mut hint = None;
-    let mut denied = false;
+    let (mut denied, mut late) = (false, false);
     let mut cause = std::error::Error::source(error);
     while let Some(source) = cause {
         let mut of_tls = source.downcast_ref::<TlsError>();
@@ -235,8 +238,9 @@ pub(crate) fn explain(
         }
         let said = source.to_string();
         // Some brokers and versions put it in other words.
-        denied |= said.to_ascii_lowercase().contains("authorization violation")
-            || said.to_ascii_lowercase().contains("authentication");
+        let lower = said.to_ascii_lowercase();
+        late |= lower.contains("authentication timeout");
+        denied |= lower.contains("authorization violation") || lower.contains("authentication");
         if !text.contains(&said) {
             text = if text.is_empty() { said } else { format!("{text}: {said}") };
         }
@@ -248,9 +252,18 @@ pub(crate) fn explain(
     let said = |what: &str| {
         if text.is_empty() { format!("{what} ({server})") } else { format!("{what} ({server}): {text}") }
     };
-    let refused =
-        || SessionError::fatal(said(&format!("the broker refused the credentials [{}]", login.from())));
+    let refused = || {
+        let text = said(&format!("the broker refused the credentials [{}]", login.from()));
+        // NATS-23.
+        if accepted.swap(false, Ordering::Relaxed) {
+            SessionError::refused(text)
+        } else {
+            SessionError::fatal(text)
+        }
+    };
     match error.kind() {
+        // This end, or the way to the broker, was slow.
+        _ if late => SessionError::refused(said("the broker did not get the login in time")),
         ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => refused(),
         _ if denied => refused(),
         _ if tls => SessionError::fatal(said("TLS with the broker failed")),

@@ -2,6 +2,7 @@
 //! Logging in: nkeys, credentials with a JWT, and what is said of wrong and missing ones.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use martlet_core::{ConnectionStatus, SessionErrorKind};
 use martlet_nats::{NatsClient, NatsClientOptions, NatsServerOptions};
@@ -179,6 +180,36 @@ async fn a_credentials_file_is_read_anew_at_every_connect() {
     assert_eq!(client.send::<i64>("sum", [1]).await.unwrap(), 1, "{:?}", reports.all());
     client.close().await;
     service.stop(GRACE).await;
+}
+
+/// NATS-23: the broker is back before the file has its new credentials.
+#[actix::test]
+async fn credentials_that_were_good_are_tried_once_more() {
+    let operator = Operator::new();
+    for renewed in [true, false] {
+        let mut broker = operator.broker();
+        let file = File::new("late.creds", &operator.user(None));
+        let options =
+            server_options(&broker).reconnect_time_wait(Duration::from_secs(1)).max_reconnect_attempts(-1);
+        let (service, reports) = serve(options.credentials_file(&file.0), [sum()]).await;
+        let server = service.servers()[0].clone();
+        let other = Operator::new();
+        broker.stop();
+        broker.reconfigure(&other.config());
+        broker.restart();
+        until("it is refused", || reports.contain("the broker refused the credentials")).await;
+        assert_eq!(server.status(), Some(ConnectionStatus::Reconnecting));
+        if renewed {
+            std::fs::write(&file.0, other.user(None)).unwrap();
+            until("it is connected", || server.status() == Some(ConnectionStatus::Connected)).await;
+            service.stop(GRACE).await;
+        } else {
+            until("it gives up", || reports.contain("gave up")).await;
+            let refusals =
+                reports.all().iter().filter(|it| it.contains("session ended: the broker refused")).count();
+            assert_eq!(refusals, 2, "{:?}", reports.all());
+        }
+    }
 }
 
 #[actix::test]
