@@ -13,6 +13,7 @@
 //! ```
 
 use std::fmt;
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -72,6 +73,8 @@ pub struct BrokerCommand {
     arguments: Box<dyn Fn(u16) -> Vec<String> + Send + Sync>,
     /// Whether the arguments are those of a shell that becomes the broker.
     by_shell: bool,
+    /// What it answers when it is ready; nothing: it is ready when it accepts connections.
+    greeting: &'static [u8],
     ready_within: Duration,
 }
 
@@ -96,6 +99,7 @@ impl BrokerCommand {
             install: install.into(),
             arguments: Box::new(arguments),
             by_shell: false,
+            greeting: b"",
             ready_within: READY_WITHIN,
         }
     }
@@ -114,6 +118,16 @@ impl BrokerCommand {
             arguments.extend(more.iter().cloned());
             arguments
         })
+    }
+
+    fn is_answered_at(&self, port: u16) -> std::io::Result<bool> {
+        let mut connection = TcpStream::connect(("127.0.0.1", port))?;
+        if self.greeting.is_empty() {
+            return Ok(true);
+        }
+        connection.set_read_timeout(Some(Duration::from_secs(5)))?;
+        connection.write_all(self.greeting)?;
+        Ok(connection.read(&mut [0])? > 0)
     }
 
     /// A RabbitMQ node of its own: name, folders, ports and `epmd`, nothing of which outlives it.
@@ -142,6 +156,8 @@ impl BrokerCommand {
                     .collect()
             });
         command.by_shell = true;
+        // It hangs up on those who come before it has begun altogether.
+        command.greeting = b"AMQP\0\0\x09\x01";
         command.ready_within = Duration::from_secs(60);
         command
     }
@@ -439,7 +455,7 @@ impl Broker {
             if !self.is_running() {
                 return Err(self.not_ready("it ended while it was starting"));
             }
-            if TcpStream::connect(("127.0.0.1", self.port)).is_ok() {
+            if self.command.is_answered_at(self.port).unwrap_or(false) {
                 return Ok(());
             }
             std::thread::sleep(Duration::from_millis(5));
