@@ -302,5 +302,5 @@ pub(crate) async fn start_service(name: &str, place: &Place) -> (Place, Service)
 
 /// A port that is free now.
 pub(crate) fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    martlet_testkit::broker::free_port().unwrap()
 }

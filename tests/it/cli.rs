@@ -230,7 +230,7 @@ fn nobody() -> String {
 }
 
 pub(crate) fn free_address() -> std::net::SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    ([127, 0, 0, 1], martlet_testkit::broker::free_port().unwrap()).into()
 }
 
 // === send ===

@@ -65,6 +65,24 @@ impl From<std::io::Error> for BrokerError {
     }
 }
 
+/// A port of 127.0.0.1 that is free, and below those that systems give to connections and to whoever asks for any port. So it
+/// is still free in a moment, or after a restart, although other tests go on.
+///
+/// # Errors
+///
+/// When none is found.
+pub fn free_port() -> std::io::Result<u16> {
+    let mut taken = None;
+    for _ in 0..100 {
+        let port = rand::random_range(10_000..32_768);
+        match TcpListener::bind(("127.0.0.1", port)) {
+            Ok(_) => return Ok(port),
+            Err(error) => taken = Some(error),
+        }
+    }
+    Err(taken.unwrap_or_else(|| std::io::Error::other("no port was tried")))
+}
+
 /// How a broker is started: its program, and its arguments for a port.
 pub struct BrokerCommand {
     program: String,
@@ -127,7 +145,9 @@ impl BrokerCommand {
         }
         connection.set_read_timeout(Some(Duration::from_secs(5)))?;
         connection.write_all(self.greeting)?;
-        Ok(connection.read(&mut [0])? > 0)
+        // A method, in AMQP; another program may have taken the port.
+        let mut answer = [0];
+        Ok(connection.read(&mut answer)? > 0 && answer[0] == 1)
     }
 
     /// A RabbitMQ node of its own: name, folders, ports and `epmd`, nothing of which outlives it.
@@ -143,11 +163,7 @@ impl BrokerCommand {
         let mut command =
             Self::new("rabbitmq-server", "amqp", "apt-get install rabbitmq-server", move |port| {
                 node.write(port, &config, &definitions);
-                let free = || {
-                    let bound =
-                        TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
-                    bound.map(|address| address.port()).unwrap_or_default().to_string()
-                };
+                let free = || free_port().unwrap_or_default().to_string();
                 let folder = node.0.to_string_lossy().into_owned();
                 let values = [folder, port.to_string(), free(), free()];
                 ["-c".to_owned(), START_RABBITMQ.to_owned(), "rabbitmq".to_owned()]
@@ -299,7 +315,7 @@ impl Broker {
         let mut attempts = 0;
         loop {
             // The port may be taken between finding and using it.
-            let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
+            let port = free_port()?;
             let mut broker = Self { command, port, process: None };
             match broker.resume_process() {
                 Ok(()) => return Ok(broker),

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Brokers that refuse, vanish, freeze and come back; TLS and WebSocket; shutting down.
 
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,7 +9,7 @@ use std::time::{Duration, Instant};
 use async_tungstenite::tungstenite::handshake::server::{ErrorResponse, Request, Response};
 use martlet_core::{CallError, ConnectionStatus, Microservice, SessionErrorKind, StartError};
 use martlet_mqtt::{MqttClient, MqttClientOptions, MqttServer, MqttServerOptions, MqttTlsOptions, MqttWill};
-use martlet_testkit::broker::Broker;
+use martlet_testkit::broker::{Broker, free_port};
 use martlet_testkit::relay::Relay;
 use martlet_testkit::storm::stop_under_load;
 use rumqttc_core::WsAdapter;
@@ -39,7 +38,7 @@ async fn call_error(options: MqttClientOptions) -> (SessionErrorKind, String) {
 }
 
 fn nobody_listens() -> String {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port().unwrap();
     format!("mqtt://127.0.0.1:{port}")
 }
 

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A nats-server of the test's own, on a free port; a missing nats-server is a failure.
 
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+
+use martlet_testkit::broker::free_port;
 
 pub(crate) struct Broker {
     child: Option<Child>,
@@ -46,7 +48,7 @@ impl Broker {
             std::fs::write(&path, config.replace("$DIR", directory.to_str().unwrap())).unwrap();
             arguments.extend(["-c".to_owned(), path.to_str().unwrap().to_owned()]);
         }
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = free_port().unwrap();
         let mut broker = Self { child: None, port, arguments, directory };
         broker.restart();
         broker

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -13,6 +12,7 @@ use martlet_core::{
     CallError, ConnectionStatus, Data, HandlerGroup, RpcError, SessionErrorKind, Streaming, event, message,
 };
 use martlet_nats::{NatsClient, NatsClientOptions, NatsServerOptions, NatsTlsOptions};
+use martlet_testkit::broker::free_port;
 
 use crate::broker::Broker;
 use crate::world::{
@@ -136,7 +136,7 @@ fn connections(monitor: u16) -> u64 {
 
 #[actix::test]
 async fn a_broker_that_is_restarted_mid_call_ends_each_call_once_and_gets_every_route_back() {
-    let monitor = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let monitor = free_port().unwrap();
     let mut broker = Broker::start_with(&["-m", &monitor.to_string()]);
     let (service, _) = serve(server_options(&broker), [sum(), slow()]).await;
     let server = service.servers()[0].clone();

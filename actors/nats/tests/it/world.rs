@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A service and a client on a broker, and what the service reports.
 
-use std::net::TcpListener;
 use std::time::Duration;
 
 use martlet_core::{CallError, ClientProxy, Microservice, SessionErrorKind, StartError};
 use martlet_nats::{NatsClient, NatsClientOptions, NatsServer, NatsServerOptions};
+use martlet_testkit::broker::free_port;
 pub(crate) use martlet_testkit::world::{GRACE, failing, serve, slow, streaming, sum, sum_object, until};
 
 use crate::broker::Broker;
@@ -53,6 +53,6 @@ pub(crate) async fn call_error(options: NatsClientOptions) -> (SessionErrorKind,
 
 /// A URL on which nobody listens.
 pub(crate) fn nobody_listens() -> String {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port().unwrap();
     format!("nats://127.0.0.1:{port}")
 }

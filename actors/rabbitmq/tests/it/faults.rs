@@ -14,7 +14,7 @@ use martlet_rabbitmq::{
     RmqClient, RmqClientOptions, RmqQueueOptions, RmqServer, RmqServerOptions, RmqSocketOptions,
     RmqTlsOptions,
 };
-use martlet_testkit::broker::{Broker, BrokerCommand};
+use martlet_testkit::broker::{Broker, BrokerCommand, free_port};
 use martlet_testkit::relay::Relay;
 
 use crate::raw::Raw;
@@ -46,7 +46,7 @@ async fn call_error(options: RmqClientOptions) -> (SessionErrorKind, String) {
 }
 
 fn nobody_listens() -> String {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port().unwrap();
     format!("amqp://127.0.0.1:{port}")
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use martlet_core::{CallError, Microservice, SessionErrorKind};
 use martlet_redis::{RedisClient, RedisClientOptions, RedisServer, RedisServerOptions, RedisTlsOptions};
-use martlet_testkit::broker::{Broker, BrokerCommand};
+use martlet_testkit::broker::{Broker, BrokerCommand, free_port};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -48,7 +48,7 @@ async fn a_wrong_address_is_named() {
     assert!(error.contains("option url"), "{error}");
     let error = refused!(o => o.url("rediss://127.0.0.1:1/#insecure"));
     assert!(error.contains("option url"), "{error}");
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port().unwrap();
     let error = refused!(o => o.host("127.0.0.1").port(port));
     let expected =
         format!("the broker cannot be reached (redis://127.0.0.1:{port}, options url, host and port)");

@@ -8,6 +8,7 @@ use futures::StreamExt;
 use martlet_core::codec::MessagePackCodec;
 use martlet_core::{CallError, ConnectionStatus, Microservice};
 use martlet_tcp::{LengthDelimited, TcpClient, TcpClientOptions, TcpServer, TcpServerOptions};
+use martlet_testkit::broker::free_port;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
@@ -15,7 +16,7 @@ use crate::support::{Raw, Service, frame, within};
 
 #[actix::test]
 async fn a_refused_connection_is_not_sent() {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port().unwrap();
     let client = TcpClient::connect_to("127.0.0.1", port);
     assert_eq!(client.status(), None);
     for _ in 0..2 {
@@ -34,7 +35,7 @@ async fn a_refused_connection_is_not_sent() {
 
 #[actix::test]
 async fn retries_wait_for_a_service_that_is_late() {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port().unwrap();
     let options = TcpClientOptions::new().address("127.0.0.1", port).with(|it| {
         it.retry_attempts = 50;
         it.retry_delay = Duration::from_millis(20);

