@@ -268,7 +268,7 @@ impl ServerState {
         report.handed_back += exit.handed_back;
         if exit.cause.is_some() {
             // Their callers went first. Counted only: over a long life the list would grow without end.
-            report.lost += exit.abandoned.len() as u64;
+            report.lost += exit.abandoned.len() as u64 + exit.lost;
         } else {
             report.abandoned.extend(exit.abandoned);
         }
@@ -639,13 +639,7 @@ async fn run_dialled<S: Session>(
         }
     };
     *state.native.lock() = None;
-    ended.unwrap_or_else(|panic| SessionExit {
-        cause: Some(SessionError::lost(format!("the session panicked: {}", panic_text(panic)))),
-        answered: 0,
-        handed_back: 0,
-        abandoned: Vec::new(),
-        lived: Duration::ZERO,
-    })
+    ended.unwrap_or_else(|panic| SessionExit::panicked(&control, panic))
 }
 
 // === listeners ===
@@ -812,8 +806,11 @@ async fn serve_peer<P: Open>(
             state.count(exit);
         }
         Err(panic) => {
-            let error = SessionError::lost(format!("the session panicked: {}", panic_text(panic)));
-            state.session_failed(Some(name), error);
+            let exit = SessionExit::panicked(&control, panic);
+            if let Some(error) = &exit.cause {
+                state.session_failed(Some(name), error.clone());
+            }
+            state.count(exit);
         }
     }
 }

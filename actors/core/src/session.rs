@@ -34,6 +34,7 @@ use crate::responder::{ChainSink, ReplySink, RequestKey, Responder};
 use crate::retry::{Attempt, Retrial, RetryQueue};
 use crate::route::{Counter, HandlerRef, RouteEntry, RouteTable};
 use crate::settlement::FailurePolicy;
+use crate::supervise::panic_text;
 use crate::transport::{
     Delivery, Inbound, Outbound, PacketId, PatternKey, Response, Session, SessionReader, SessionWriter,
     Settlement, Taken, TransportInfo, WriteError,
@@ -141,8 +142,24 @@ pub(crate) struct SessionExit {
     pub(crate) answered: u64,
     pub(crate) handed_back: u64,
     pub(crate) abandoned: Vec<Abandoned>,
+    /// Requests and events that were not finished and are not in `abandoned`.
+    pub(crate) lost: u64,
     /// How long it lived.
     pub(crate) lived: Duration,
+}
+
+impl SessionExit {
+    /// Of a session that panicked: what it had done until then counts.
+    pub(crate) fn panicked(control: &SessionControl, panic: Box<dyn std::any::Any + Send>) -> Self {
+        Self {
+            cause: Some(SessionError::lost(format!("the session panicked: {}", panic_text(panic)))),
+            answered: control.ended(),
+            handed_back: 0,
+            abandoned: Vec::new(),
+            lost: control.in_flight(),
+            lived: Duration::ZERO,
+        }
+    }
 }
 
 /// What a session needs to serve.
@@ -294,6 +311,7 @@ pub(crate) async fn run_session<S: Session>(session: S, env: SessionEnv) -> Sess
         answered: session.env.control.ended(),
         handed_back: session.handed_back,
         abandoned,
+        lost: 0,
         lived: started.elapsed(),
     }
 }

@@ -145,9 +145,9 @@ impl BrokerCommand {
         }
         connection.set_read_timeout(Some(Duration::from_secs(5)))?;
         connection.write_all(self.greeting)?;
-        // A method, in AMQP; another program may have taken the port.
+        // A method of AMQP, or an alert of TLS; another program may have taken the port.
         let mut answer = [0];
-        Ok(connection.read(&mut answer)? > 0 && answer[0] == 1)
+        Ok(connection.read(&mut answer)? > 0 && matches!(answer[0], 1 | 21))
     }
 
     /// A RabbitMQ node of its own: name, folders, ports and `epmd`, nothing of which outlives it.

@@ -2,7 +2,7 @@
 //! Faults of the line and of transporters: nobody else is disturbed, every call has its outcome.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::{StreamExt, stream};
@@ -162,33 +162,55 @@ fn a_panic_in_a_servers_session_disturbs_no_other_session() {
     real(async {
         let (network, faults) = (MemoryNetwork::new(), Faults::new());
         let listen = FaultyListen::new(MemoryListen::new(&network), &faults);
+        let never = message("never", async || std::future::pending::<Result<u64, RpcError>>().await);
+        let ran = Arc::new(AtomicU64::new(0));
+        let runs = Arc::clone(&ran);
+        let counted = message("counted", move |Data(number): Data<u64>| {
+            runs.fetch_add(1, Ordering::Relaxed);
+            // Every other one is answered at once.
+            async move {
+                if number % 2 == 0 {
+                    tokio::task::yield_now().await;
+                }
+                Ok::<_, RpcError>(number)
+            }
+        });
         let service = Microservice::new()
             .arbiters(1)
-            .handlers(echo())
+            .handlers(counted)
+            .handlers(never)
             .server(Server::listen(listen, server_options()))
             .start()
             .await
             .unwrap();
         let seen = log(service.events());
         let steady = MemoryClient::new(&network);
-        assert_eq!(steady.send::<u64>("echo", 1).await.unwrap(), 1);
+        assert_eq!(steady.send::<u64>("counted", 1).await.unwrap(), 1);
         for open in [false, true] {
             faults.change(|plan| {
                 plan.panic_in_open = open;
                 plan.panic_after_read = Some(1000);
             });
             let victim = MemoryClient::new(&network);
-            let calls = (0..1100).map(|number| victim.send::<u64>("echo", number).timeout(ms(5000)));
-            let results = futures::future::join_all(calls).await;
+            let waiting = (0..3).map(|_| victim.send::<u64>("never", 1).timeout(ms(5000)));
+            let calls = (0..1100).map(|number| victim.send::<u64>("counted", number).timeout(ms(5000)));
+            let waiting = futures::future::join_all(waiting);
+            let (waiting, results) = futures::join!(waiting, futures::future::join_all(calls));
+            assert!(waiting.iter().all(|result| matches!(result, Err(CallError::Lost { .. }))));
             assert!(results.iter().any(|result| matches!(result, Err(CallError::Lost { .. }))));
             assert!(results.iter().all(|result| matches!(result, Ok(_) | Err(CallError::Lost { .. }))));
-            assert_eq!(steady.send::<u64>("echo", 2).await.unwrap(), 2);
+            assert_eq!(steady.send::<u64>("counted", 2).await.unwrap(), 2);
             assert_eq!(victim.occupied(), 0);
             victim.close().await;
         }
         let panics = seen.lock().iter().filter(|text| text.contains("the session panicked")).count();
         assert_eq!(panics, 2, "{:?}", seen.lock());
-        end(steady, service).await;
+        steady.close().await;
+        let report = service.stop(ms(1000)).await;
+        // What the session had in work when it panicked is lost; the rest of it was done.
+        let ran = ran.load(Ordering::Relaxed);
+        assert!(report.clean && report.lost() >= 3, "{report:?}");
+        assert_eq!(report.done() + report.lost(), ran + 3, "{report:?}");
     });
 }
 
