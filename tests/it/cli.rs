@@ -77,7 +77,8 @@ impl Service {
                 service.stop(Duration::ZERO).await;
             });
         });
-        Self { url: url.recv().unwrap(), events, stop: Some(stop), thread: Some(thread) }
+        let url = url.recv_timeout(Duration::from_secs(30)).expect("the service has started");
+        Self { url, events, stop: Some(stop), thread: Some(thread) }
     }
 
     fn send(&self, arguments: &[&str]) -> Run {

@@ -14,10 +14,12 @@
 
 use std::fmt;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+use tokio::net::TcpSocket;
 
 /// How long a broker may take to accept connections.
 const READY_WITHIN: Duration = Duration::from_secs(30);
@@ -75,8 +77,11 @@ pub fn free_port() -> std::io::Result<u16> {
     let mut taken = None;
     for _ in 0..100 {
         let port = rand::random_range(10_000..32_768);
-        match TcpListener::bind(("127.0.0.1", port)) {
-            Ok(_) => return Ok(port),
+        // It does not listen: a process that another thread is starting has a copy for a moment, which would be in the way.
+        let socket = TcpSocket::new_v4()?;
+        socket.set_reuseaddr(true)?;
+        match socket.bind(SocketAddr::from(([127, 0, 0, 1], port))) {
+            Ok(()) => return Ok(port),
             Err(error) => taken = Some(error),
         }
     }
@@ -471,7 +476,7 @@ impl Broker {
             if !self.is_running() {
                 return Err(self.not_ready("it ended while it was starting"));
             }
-            if self.command.is_answered_at(self.port).unwrap_or(false) {
+            if self.command.is_answered_at(self.port).unwrap_or(false) && self.is_running() {
                 return Ok(());
             }
             std::thread::sleep(Duration::from_millis(5));
