@@ -796,23 +796,15 @@ async fn serve_peer<P: Open>(
     };
     let name = session.peer();
     let env = state.session_env(tables, arbiter, HashSet::new(), &control);
-    match AssertUnwindSafe(run_session(session, env)).catch_unwind().await {
-        Ok(exit) => {
-            if let Some(error) = &exit.cause
-                && error.kind() != SessionErrorKind::Lost
-            {
-                state.session_failed(Some(name), error.clone());
-            }
-            state.count(exit);
-        }
-        Err(panic) => {
-            let exit = SessionExit::panicked(&control, panic);
-            if let Some(error) = &exit.cause {
-                state.session_failed(Some(name), error.clone());
-            }
-            state.count(exit);
-        }
+    let ended = AssertUnwindSafe(run_session(session, env)).catch_unwind().await;
+    let panicked = ended.is_err();
+    let exit = ended.unwrap_or_else(|panic| SessionExit::panicked(&control, panic));
+    if let Some(error) = &exit.cause
+        && (panicked || error.kind() != SessionErrorKind::Lost)
+    {
+        state.session_failed(Some(name), error.clone());
     }
+    state.count(exit);
 }
 
 async fn drain_peers(peers: &Peers, deadline: Instant) {

@@ -93,9 +93,9 @@ async fn fifty_thousand_calls_survive_ten_restarts_of_the_broker() {
     storm.check_runs();
     let took = begin.elapsed();
     eprintln!("{outcomes:?}; {RESTARTS} restarts, {cuts} cuts; {took:.1?}");
-    assert!(outcomes["value"] > CALLS / 4, "{outcomes:?}");
+    assert!(outcomes["value"] > CALLS / 2, "{outcomes:?}");
     assert!(outcomes.contains_key("lost"), "{outcomes:?}");
-    assert!(took < Duration::from_secs(300), "{took:?}");
+    assert!(took < Duration::from_secs(120), "{took:?}");
     drop((relays, broker));
 }
 
@@ -210,7 +210,7 @@ async fn fifty_thousand_acknowledged_events_survive_ten_restarts_of_the_broker()
         assert_eq!(client.occupied(), 0);
         client.close().await;
         assert!(service.stop(GRACE).await.clean);
-        assert!(took < Duration::from_secs(300), "{took:?}");
+        assert!(took < Duration::from_secs(120), "{took:?}");
         drop((relays, broker));
     }
 }

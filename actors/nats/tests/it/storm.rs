@@ -80,10 +80,10 @@ async fn storm(
     let events = passed(&storm, service, &clients, &outcomes).await;
     let took = begin.elapsed();
     eprintln!("{outcomes:?}, {events} events ran; {restarts} restarts, {cuts} cuts; {took:.1?}");
-    assert!(outcomes["value"] > calls / 4, "{outcomes:?}");
+    assert!(outcomes["value"] > calls / 2, "{outcomes:?}");
     assert!(outcomes.contains_key("lost"), "{outcomes:?}");
-    assert!(events > calls / 40, "{events} events of {}", calls / 10);
-    assert!(took < Duration::from_secs(300), "{took:?}");
+    assert!(events > calls / 20, "{events} events of {}", calls / 10);
+    assert!(took < Duration::from_secs(120), "{took:?}");
     drop((relays, broker));
 }
 
@@ -167,11 +167,11 @@ async fn calls_survive_a_broker_that_freezes_in_the_middle_of_traffic() {
     let took = begin.elapsed();
     eprintln!("{outcomes:?}, {events} events ran; {FREEZES} freezes; {took:.1?}");
     assert_eq!(losses.load(Ordering::Relaxed), FREEZES / 2);
-    assert!(outcomes["value"] > CALLS / 4, "{outcomes:?}");
+    assert!(outcomes["value"] > CALLS / 2, "{outcomes:?}");
     // What was under way when the broker was given up has ended so, long before its timeout.
     assert!(outcomes.contains_key("lost"), "{outcomes:?}");
     assert!(!outcomes.contains_key("timeout"), "{outcomes:?}");
-    assert!(took < Duration::from_secs(300), "{took:?}");
+    assert!(took < Duration::from_secs(120), "{took:?}");
 }
 
 #[actix::test]

@@ -124,9 +124,9 @@ async fn fifty_thousand_calls_and_events_survive_ten_restarts_of_the_broker() {
          {cuts:?}; {took:.1?}"
     );
     assert_eq!(most, Some(1), "no event comes twice");
-    assert!(handled <= taken && handled > EVENTS / 4, "{handled} of {taken}");
+    assert!(handled <= taken && handled > EVENTS / 2, "{handled} of {taken}");
     assert_eq!(taken + refused, EVENTS);
-    assert!(outcomes["value"] > CALLS / 4, "{outcomes:?}");
+    assert!(outcomes["value"] > CALLS / 2, "{outcomes:?}");
     assert!(outcomes.contains_key("lost"), "{outcomes:?}");
     // A cut of a client's line ends at most what it had in flight, one of the service's or a restart what all had.
     // Nothing else leaves a caller without knowing whether the handler has run.

@@ -122,10 +122,10 @@ async fn storm(line: Line, calls: u64, restarts: u64) {
     let took = begin.elapsed();
     let events = storm.events_run();
     eprintln!("{outcomes:?}, {events} events ran; {restarts} restarts, {cuts} cuts; {took:.1?}");
-    assert!(outcomes["value"] > calls / 4, "{outcomes:?}");
+    assert!(outcomes["value"] > calls / 2, "{outcomes:?}");
     assert!(outcomes.contains_key("lost"), "{outcomes:?}");
-    assert!(events > calls / 40, "{events} events of {}", calls / 10);
-    assert!(took < Duration::from_secs(300), "{took:?}");
+    assert!(events > calls / 20, "{events} events of {}", calls / 10);
+    assert!(took < Duration::from_secs(120), "{took:?}");
 }
 
 #[actix::test]

@@ -9,14 +9,30 @@ use std::time::{Duration, Instant};
 use futures::{StreamExt, stream};
 use martlet_core::backoff::BackoffOptions;
 use martlet_core::{
-    CallError, Cancellation, ConnectionStatus, Data, EmitOptions, Microservice, RpcError, event, message,
+    CallError, Cancellation, ClientOptions, ConnectionStatus, Data, EmitOptions, Microservice, RpcError,
+    event, message,
 };
 
 use super::calls::slow;
 use super::{Harness, Names, Stage, eventually, ok, small};
 
-fn quick() -> BackoffOptions {
-    BackoffOptions::between(Duration::from_millis(5), Duration::from_millis(50))
+/// A stage whose ends come back soon after a cut.
+async fn quick<H: Harness>(
+    harness: H,
+    service: Microservice,
+    client: impl FnOnce(&mut ClientOptions),
+) -> Stage<H> {
+    let pause = BackoffOptions::between(Duration::from_millis(5), Duration::from_millis(50));
+    Stage::with(
+        harness,
+        service,
+        |server| server.retry_delay = pause,
+        |options| {
+            options.retry_delay = pause;
+            client(options);
+        },
+    )
+    .await
 }
 
 /// A call that was sent may have run: it ends as lost, at once.
@@ -49,13 +65,8 @@ pub async fn a_cut_ends_calls_under_way_as_lost<H: Harness>(harness: H) {
 /// With nobody to take it, a call ends as not sent: its handler has certainly not run.
 pub async fn a_refused_connection_ends_calls_as_not_sent<H: Harness>(harness: H) {
     let names = Names::new();
-    let mut stage = Stage::with(
-        harness,
-        small().handlers(slow(names.of("slow"))),
-        |server| server.retry_delay = quick(),
-        |client| client.reconnect = false,
-    )
-    .await;
+    let mut stage =
+        quick(harness, small().handlers(slow(names.of("slow"))), |client| client.reconnect = false).await;
     stage.harness.set_reachable(false);
     let calls = (0..10).map(|_| stage.client.send::<u64>(names.of("slow"), 1));
     for result in futures::future::join_all(calls).await {
@@ -98,15 +109,9 @@ pub async fn an_idempotent_call_is_sent_again<H: Harness>(harness: H) {
             ok(number)
         }
     });
-    let mut stage = Stage::with(
-        harness,
-        small().handlers(third),
-        |server| server.retry_delay = quick(),
-        |client| {
-            client.retry_attempts = 20;
-            client.retry_delay = quick();
-        },
-    )
+    let mut stage = quick(harness, small().handlers(third), |client| {
+        client.retry_attempts = 20;
+    })
     .await;
     // Where nobody says that nobody is there, the call may be lost before the server is back.
     let features = stage.harness.features();
@@ -141,16 +146,10 @@ pub async fn an_idempotent_call_is_sent_again<H: Harness>(harness: H) {
 pub async fn a_client_reconnects_and_its_status_says_so<H: Harness>(harness: H) {
     use ConnectionStatus::{Closed, Connected, Connecting, Reconnecting};
     let names = Names::new();
-    let mut stage = Stage::with(
-        harness,
-        small().handlers(slow(names.of("slow"))),
-        |server| server.retry_delay = quick(),
-        |client| {
-            client.reconnect = true;
-            client.retry_attempts = 100;
-            client.retry_delay = quick();
-        },
-    )
+    let mut stage = quick(harness, small().handlers(slow(names.of("slow"))), |client| {
+        client.reconnect = true;
+        client.retry_attempts = 100;
+    })
     .await;
     let mut status = stage.client.status_stream();
     stage.client.connect().await.unwrap();
@@ -169,15 +168,9 @@ pub async fn a_client_reconnects_and_its_status_says_so<H: Harness>(harness: H) 
 /// `retry_attempts`: a call waits for a server that is not there yet.
 pub async fn retries_reach_a_server_that_comes_late<H: Harness>(harness: H) {
     let names = Names::new();
-    let mut stage = Stage::with(
-        harness,
-        small().handlers(slow(names.of("slow"))),
-        |server| server.retry_delay = quick(),
-        |client| {
-            client.retry_attempts = 100;
-            client.retry_delay = quick();
-        },
-    )
+    let mut stage = quick(harness, small().handlers(slow(names.of("slow"))), |client| {
+        client.retry_attempts = 100;
+    })
     .await;
     let features = stage.harness.features();
     stage.harness.set_reachable(false);
@@ -201,17 +194,11 @@ pub async fn retries_reach_a_server_that_comes_late<H: Harness>(harness: H) {
 /// An event that waits for a connection waits as long as it is told, not as long as the client's other calls.
 pub async fn an_event_has_a_timeout_of_its_own<H: Harness>(harness: H) {
     let names = Names::new();
-    let mut stage = Stage::with(
-        harness,
-        small().handlers(slow(names.of("slow"))),
-        |server| server.retry_delay = quick(),
-        |client| {
-            client.timeout = Some(Duration::from_millis(300));
-            client.reconnect = true;
-            client.retry_attempts = 100_000;
-            client.retry_delay = quick();
-        },
-    )
+    let mut stage = quick(harness, small().handlers(slow(names.of("slow"))), |client| {
+        client.timeout = Some(Duration::from_millis(300));
+        client.reconnect = true;
+        client.retry_attempts = 100_000;
+    })
     .await;
     stage.harness.set_reachable(false);
     let emit = |options: EmitOptions| stage.client.emit_with(names.of("evt"), 1, options);
@@ -246,17 +233,11 @@ pub async fn a_storm_of_cuts_gives_every_call_one_outcome<H: Harness>(harness: H
         }
     });
     let service = Microservice::new().arbiters(2).handlers(echo).handlers(slow(names.of("slow")));
-    let mut stage = Stage::with(
-        harness,
-        service,
-        |server| server.retry_delay = quick(),
-        |client| {
-            client.reconnect = true;
-            client.retry_attempts = 3;
-            client.retry_delay = quick();
-            client.timeout = Some(Duration::from_secs(2));
-        },
-    )
+    let mut stage = quick(harness, service, |client| {
+        client.reconnect = true;
+        client.retry_attempts = 3;
+        client.timeout = Some(Duration::from_secs(2));
+    })
     .await;
     let client = stage.client.clone();
     let (answered, failed) = (Cell::new(0), Cell::new(0));
@@ -346,16 +327,10 @@ pub async fn events_over_cuts_have_one_outcome_each<H: Harness>(harness: H) {
     let noted = event(names.of("noted"), move |Data(number): Data<usize>| {
         note[number].fetch_add(1, Ordering::SeqCst);
     });
-    let mut stage = Stage::with(
-        harness,
-        small().handlers(noted).handlers(slow(names.of("slow"))),
-        |server| server.retry_delay = quick(),
-        |client| {
-            client.reconnect = true;
-            client.retry_attempts = 100;
-            client.retry_delay = quick();
-        },
-    )
+    let mut stage = quick(harness, small().handlers(noted).handlers(slow(names.of("slow"))), |client| {
+        client.reconnect = true;
+        client.retry_attempts = 100;
+    })
     .await;
     back(&stage, names).await;
     let ended = AtomicUsize::new(0);
